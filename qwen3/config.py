@@ -1,0 +1,219 @@
+"""1. The numbers of a checkpoint: config.json and generation_config.json -> Qwen3Config.
+
+Everything that changes the result is read here and used, or refused by name. Nothing is guessed from a
+size or a file name: inside this one family rope_theta is 1e6, 5e6 or 1e7, and head_dim is not
+hidden_size / num_attention_heads.
+
+Two generations of files are about. The published ones say `rope_theta`, `rope_scaling`, `torch_dtype`;
+those that transformers 5 writes say `rope_parameters` (both of the former in one) and `dtype`.
+
+Papers: Qwen3 (arXiv:2505.09388, Tables 1 and 3), YaRN (arXiv:2309.00071).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+# A folder of another family: what it is, and where to go.
+OTHER_MODELS = {
+    "qwen3_moe": "a Qwen3 mixture of experts; run it with `python -m qwen3_moe.main`",
+    "qwen2": "a Qwen2 model (biases on q, k, v and no QK-Norm); this project has no package for it",
+    "deepseek_v3": "a model of DeepSeek-V3's architecture; run it with `python -m deepseek_v3.main`",
+    "kimi_k2": "a model of DeepSeek-V3's architecture; run it with `python -m deepseek_v3.main`",
+}
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN's numbers, spelled as in `rope_scaling` (arXiv:2309.00071)."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+
+@dataclass(frozen=True)
+class Qwen3Config:
+    """A checkpoint's numbers, under config.json's own names; the sampling defaults are generation_config.json's."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: Yarn | None = None
+    tie_word_embeddings: bool = False
+    dtype: torch.dtype | None = None  # None: the file does not say, and the tensors decide
+    weight_block_size: tuple[int, int] | None = None  # FP8 checkpoints: rows x columns that share a scale
+    eos_token_id: tuple[int, ...] = ()  # all that end an answer
+    temperature: float = 0.0  # 0: always the likeliest token
+    top_k: int | None = None
+    top_p: float | None = None
+
+    @property
+    def context_length(self) -> int:
+        """Tokens, prompt and answer together. YaRN stretches what the model was trained on."""
+        if self.rope_scaling is None:
+            return self.max_position_embeddings
+        stretched = self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings
+        return max(self.max_position_embeddings, int(stretched))
+
+    @classmethod
+    def from_checkpoint(cls, directory: str | Path) -> "Qwen3Config":
+        """Read config.json, and generation_config.json where there is one.
+
+        Raises FileNotFoundError without a folder or config.json, ValueError naming file and field for what
+        this package would compute wrongly.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise FileNotFoundError(f"{directory}: no such folder")
+        path = directory / "config.json"
+        fields = Fields(path, read_json(path))
+        refuse_what_is_not_computed(fields)
+        rope_theta, yarn = read_rope(fields)
+
+        path = directory / "generation_config.json"
+        generation = Fields(path, read_json(path) if path.exists() else {})
+        eos = generation.get("eos_token_id", fields.get("eos_token_id"))
+        # do_sample false is how a Base checkpoint asks for greedy decoding.
+        sampling = ("temperature", "top_k", "top_p") if generation.get("do_sample", False) else ()
+        defaults = {"temperature": 1.0} if sampling else {}
+
+        config = cls(
+            **{name: fields.positive_int(name) for name in (
+                "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "head_dim", "max_position_embeddings")},
+            rms_norm_eps=fields.number("rms_norm_eps"),
+            rope_theta=rope_theta,
+            rope_scaling=yarn,
+            tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
+            dtype=read_dtype(fields),
+            weight_block_size=read_quantization(fields),
+            eos_token_id=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            **defaults | {name: generation.get(name) for name in sampling if generation.get(name) is not None},
+        )
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise ValueError(f"{fields.path}: num_attention_heads {config.num_attention_heads} is not a multiple "
+                             f"of num_key_value_heads {config.num_key_value_heads}")
+        if config.head_dim % 2:
+            raise ValueError(f"{fields.path}: head_dim {config.head_dim} is odd, and RoPE turns pairs")
+        return config
+
+
+class Fields:
+    """The fields of one JSON file; its errors name the file and the field."""
+
+    def __init__(self, path: Path, values: dict):
+        self.path, self.values = path, values
+
+    def get(self, name: str, default=None):
+        value = self.values.get(name)
+        return default if value is None else value
+
+    def number(self, name: str) -> float:
+        value = self.get(name)
+        if value is None:
+            raise ValueError(f"{self.path}: the field {name} is missing")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise ValueError(f"{self.path}: {name} is {value!r}, expected a positive number")
+        return float(value)
+
+    def positive_int(self, name: str) -> int:
+        value = self.number(name)
+        if value != int(value):
+            raise ValueError(f"{self.path}: {name} is {value!r}, expected a whole number")
+        return int(value)
+
+    def refuse(self, name: str, why: str):
+        raise ValueError(f"{self.path}: {name} is {self.values.get(name)!r}: {why}")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; FileNotFoundError or ValueError naming the file otherwise."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a checkpoint's folder has one")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return values
+
+
+def refuse_what_is_not_computed(fields: Fields) -> None:
+    model_type = fields.get("model_type")
+    if model_type != "qwen3":
+        what = OTHER_MODELS.get(model_type, "this package runs only model_type 'qwen3'")
+        fields.refuse("model_type", what if model_type not in OTHER_MODELS else f"this folder holds {what}")
+    if fields.get("hidden_act") != "silu":
+        fields.refuse("hidden_act", "only 'silu' is known")
+    if fields.get("attention_bias", False):
+        fields.refuse("attention_bias", "Qwen3 has no biases, and this package would ignore them")
+    # The published files carry a window that is switched off; transformers 5 spells the outcome per layer.
+    layer_types = fields.get("layer_types")
+    if layer_types is not None:
+        if any(kind != "full_attention" for kind in layer_types):
+            fields.refuse("layer_types", "only 'full_attention' is known, a sliding window is not")
+    elif fields.get("use_sliding_window", False) and fields.get("sliding_window") is not None:
+        if fields.get("max_window_layers", 0) < fields.positive_int("num_hidden_layers"):
+            fields.refuse("use_sliding_window", "sliding-window attention is not supported")
+
+
+def read_rope(fields: Fields) -> tuple[float, Yarn | None]:
+    """(rope_theta, YaRN's numbers or None), from either generation of names."""
+    name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
+    rope = Fields(fields.path, dict(fields.get(name, {})))
+    theta = Fields(fields.path, fields.values | rope.values).number("rope_theta")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "yarn":
+        fields.refuse(name, f"rope type {kind!r} is not known, only 'default' and 'yarn' are")
+    known = set(Yarn.__dataclass_fields__) | {"rope_type", "type", "rope_theta"}
+    if unknown := sorted(set(rope.values) - known):
+        fields.refuse(name, f"{unknown[0]!r} is not a field of YaRN that this package knows")
+    numbers = {key: rope.number(key) for key in Yarn.__dataclass_fields__
+               if key != "truncate" and rope.get(key) is not None}
+    numbers.setdefault("original_max_position_embeddings", fields.number("max_position_embeddings"))
+    if "factor" not in numbers:
+        raise ValueError(f"{fields.path}: {name} has type 'yarn' but no factor")
+    numbers["original_max_position_embeddings"] = int(numbers["original_max_position_embeddings"])
+    return theta, Yarn(**numbers, truncate=bool(rope.get("truncate", True)))
+
+
+def read_dtype(fields: Fields) -> torch.dtype | None:
+    name = "dtype" if fields.get("dtype") else "torch_dtype"
+    value = fields.get(name)
+    if value is not None and value not in DTYPES:
+        fields.refuse(name, f"expected one of {', '.join(DTYPES)}")
+    return DTYPES.get(value)
+
+
+def read_quantization(fields: Fields) -> tuple[int, int] | None:
+    """The block that shares one scale, (rows, columns), or None where the weights are not quantised."""
+    quantization = fields.get("quantization_config")
+    if quantization is None:
+        return None
+    known = {"quant_method": ("fp8",), "fmt": (None, "e4m3"), "activation_scheme": (None, "dynamic"),
+             "weight_block_size": ([128, 128],)}
+    for name, values in known.items():
+        if quantization.get(name) not in values:
+            fields.refuse("quantization_config", f"{name} {quantization.get(name)!r} is not known; "
+                          "only FP8 (e4m3) weights in blocks of 128 x 128 are")
+    return tuple(quantization["weight_block_size"])
