@@ -43,7 +43,7 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.weight_scale_inv = None  # weights.py puts the scales of an FP8 checkpoint here
+        self.register_parameter("weight_scale_inv", None)  # an FP8 checkpoint has scales to put here
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,13 +81,12 @@ class RotaryEmbedding:
         self.config = config
         self.cos = self.sin = torch.empty(0, config.head_dim // 2)
 
-    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions (B or 1, T) -> cos and sin, each (B or 1, 1, T, N/2), ready to multiply all heads."""
-        needed = int(positions.max()) + 1
-        if needed > len(self.cos) or self.cos.device != positions.device:
-            self.grow(max(256, 2 ** math.ceil(math.log2(needed))), positions.device)
+    def __call__(self, positions: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions (B or 1, T), all below `length` -> cos and sin (B or 1, 1, T, N/2), ready to multiply all heads."""
+        if length > len(self.cos) or self.cos.device != positions.device:
+            self.grow(max(256, 2 ** math.ceil(math.log2(length))), positions.device)
         # The tables stay float32 and are rounded here: rounding an angle of 30,000 first would lose the position.
-        return self.cos[positions, None].transpose(1, 2).to(dtype), self.sin[positions, None].transpose(1, 2).to(dtype)
+        return self.cos[positions][:, None].to(dtype), self.sin[positions][:, None].to(dtype)
 
     @torch.inference_mode(False)  # else tables made while generating could never be trained through
     def grow(self, length: int, device: torch.device) -> None:
@@ -99,9 +98,9 @@ class RotaryEmbedding:
 def inverse_frequencies(config: Qwen3Config) -> tuple[Tensor, float]:
     """(theta_j, (N/2,) float32; the factor on cos and sin). Without YaRN theta^(-2j/N) and 1."""
     N, theta, yarn = config.head_dim, config.rope_theta, config.rope_scaling
-    frequency = 1.0 / theta ** (torch.arange(0, N, 2, dtype=torch.float32) / N)
+    period = theta ** (torch.arange(0, N, 2, dtype=torch.float32) / N)  # tokens per radian
     if yarn is None:
-        return frequency, 1.0
+        return 1 / period, 1.0
 
     # Pairs that turn often within the trained length keep their speed, slow ones are slowed by `factor`,
     # those between are blended (arXiv:2309.00071, eq. 17-20).
@@ -112,8 +111,9 @@ def inverse_frequencies(config: Qwen3Config) -> tuple[Tensor, float]:
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, N - 1)
-    ramp = ((torch.arange(N // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
-    frequency = frequency / yarn.factor * ramp + frequency * (1 - ramp)
+    high += 0.001 if low == high else 0  # a step instead of a ramp, not a division by zero
+    ramp = ((torch.arange(N // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    frequency = 1 / (yarn.factor * period) * ramp + 1 / period * (1 - ramp)
 
     def mscale(m: float) -> float:  # eq. 22; on cos and sin, so squared in the scores
         return 0.1 * m * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0

@@ -51,7 +51,7 @@ class Decoder(nn.Module):
         if padding is not None:
             positions = (positions - padding).clamp(min=0)  # (B, T)
         x = self.embed_tokens(token_ids)  # (B, T, D)
-        cos, sin = self.rotary_emb(positions, x.dtype)
+        cos, sin = self.rotary_emb(positions, first + T, x.dtype)
         mask = attention_mask(first, T, padding, device)
         for layer in self.layers:
             x = layer(x, cos, sin, mask, cache)

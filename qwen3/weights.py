@@ -1,0 +1,172 @@
+"""5. A checkpoint becomes a model: safetensors -> parameters, nothing copied twice.
+
+The model is built on PyTorch's "meta" device, where tensors have a shape and no memory. Each tensor of the
+checkpoint is then put in its place. On the CPU it stays where it is, in the memory-mapped file: the
+operating system reads a page when it is first used, so a model of any size starts at once. Another type or
+device costs one conversion per tensor.
+
+A checkpoint is a folder with one model.safetensors, or with several such files and
+model.safetensors.index.json, whose `weight_map` says which tensor is in which file. A safetensors file is
+8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}} and the numbers, row by row;
+nothing in it can be executed. That is why .bin and .pth files, which are Python pickles, are never opened.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from qwen3.config import DTYPES, Qwen3Config, read_json
+from qwen3.layers import Linear, dequantize
+from qwen3.model import Qwen3
+
+# The types of tensors that a checkpoint may hold, by their names in the safetensors header.
+STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
+FP8 = torch.float8_e4m3fn
+
+
+def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None,
+               progress: Callable[[int, int], None] | None = None) -> Qwen3:
+    """The checkpoint in `directory` as a model in eval mode.
+
+    dtype None keeps the checkpoint's own; FP8 weights then stay FP8 and are dequantised as they are used,
+    while a dtype expands them once. `progress(done, total)` counts tensors.
+    Raises FileNotFoundError or ValueError, saying which file or tensor is missing, damaged or unexpected.
+    """
+    config = Qwen3Config.from_checkpoint(directory)
+    files = CheckpointFiles(directory)
+    compute = compute_dtype(config, files, dtype)
+    with torch.device("meta"):
+        model = Qwen3(config)
+    names = check_names_and_shapes(model, files)
+
+    for done, name in enumerate(names, start=1):
+        tensor = files.read(name).to(device)
+        module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        if tensor.dtype == FP8 or leaf == "weight_scale_inv":
+            if dtype is None:
+                setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+            elif leaf == "weight":
+                scale = files.read(f"{name}_scale_inv").to(device)
+                module.weight = nn.Parameter(dequantize(tensor, scale, compute))
+        else:
+            setattr(module, leaf, nn.Parameter(tensor.to(compute)))
+        if progress:
+            progress(done, len(names))
+    return model.eval()
+
+
+def bytes_in_memory(directory: str | Path, dtype: torch.dtype | str | None = None) -> int:
+    """What the weights will take on the device, computed from the headers alone."""
+    config, files = Qwen3Config.from_checkpoint(directory), CheckpointFiles(directory)
+    compute = compute_dtype(config, files, dtype)
+    total = 0
+    for name, (_, shape, stored) in files.tensors.items():
+        keep = dtype is None and (stored == FP8 or name.endswith("_scale_inv"))
+        if not (config.tie_word_embeddings and name == "lm_head.weight"):
+            total += math.prod(shape) * (stored if keep else compute).itemsize
+    return total
+
+
+def compute_dtype(config: Qwen3Config, files: "CheckpointFiles", dtype: torch.dtype | str | None) -> torch.dtype:
+    """One type for activations, norms and cache, decided once: asked for, or the config's, or the embedding's."""
+    dtype = DTYPES.get(dtype, dtype) or config.dtype
+    if dtype is None:
+        dtype = files.tensors["model.embed_tokens.weight"][2] if "model.embed_tokens.weight" in files.tensors else None
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+    return dtype
+
+
+class CheckpointFiles:
+    """The tensors of a folder by name: `tensors[name]` is (file, shape, dtype), `read(name)` maps one."""
+
+    def __init__(self, directory: str | Path):
+        directory = Path(directory)
+        single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+        if single.exists():
+            where = dict.fromkeys(["model.safetensors"], set())
+        elif index.exists():
+            where = files_of_index(index)
+        elif pickles := sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in directory.glob(kind)):
+            raise ValueError(f"{directory}: has only pickled weights ({pickles[0]}); those can run code when "
+                             "opened and are never read here. Convert them to safetensors first.")
+        else:
+            raise FileNotFoundError(f"{directory}: no weights in it, neither {single.name} nor {index.name}")
+
+        self.tensors, self.open_files = {}, {}
+        for file, promised in where.items():
+            path = directory / file
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: this part of the checkpoint is missing; download it again")
+            try:
+                self.open_files[path] = opened = safe_open(path, framework="pt")
+                for name in opened.keys():
+                    stored = opened.get_slice(name)
+                    self.tensors[name] = (path, tuple(stored.get_shape()), STORED.get(stored.get_dtype()))
+                    if stored.get_dtype() not in STORED:
+                        raise ValueError(f"{path}: {name} is stored as {stored.get_dtype()}; known are {', '.join(STORED)}")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path}: truncated or damaged ({error}); download it again") from None
+            if absent := sorted(promised - set(opened.keys())):
+                raise ValueError(f"{path}: {absent[0]} is missing, though {index.name} says that it is here")
+
+    def read(self, name: str) -> Tensor:
+        path = self.tensors[name][0]
+        try:
+            return self.open_files[path].get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: truncated or damaged at {name} ({error}); download it again") from None
+
+
+def files_of_index(index: Path) -> dict[str, set[str]]:
+    """File name -> the tensors that the index promises in it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: has no weight_map")
+    where: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        # A path from a downloaded file must not reach anything else on this machine.
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file:
+            raise ValueError(f"{index}: {name} points outside the folder, to {file!r}")
+        where.setdefault(file, set()).add(name)
+    return where
+
+
+def check_names_and_shapes(model: Qwen3, files: CheckpointFiles) -> list[str]:
+    """The names to load. Each parameter has its tensor, each tensor its parameter, of one shape; else ValueError."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name in list(expected):
+        path, _, stored = files.tensors.get(name, (None, None, None))
+        if stored == FP8:
+            block = model.config.weight_block_size
+            if block is None or not isinstance(model.get_submodule(name.rpartition(".")[0]), Linear):
+                raise ValueError(f"{path}: {name} is FP8, which config.json's quantization_config does not announce")
+            expected[f"{name}_scale_inv"] = tuple(math.ceil(n / b) for n, b in zip(expected[name], block))
+    found = set(files.tensors)
+    if model.lm_head is None and "lm_head.weight" in found:
+        check_tied_head(files)  # Qwen3-0.6B and 1.7B store the copy, 4B does not
+        found.remove("lm_head.weight")
+
+    where = next(iter(files.open_files)).parent
+    for wrong, what in ((expected.keys() - found, "missing from the checkpoint"),
+                        (found - expected.keys(), "in the checkpoint, but the config has no place for it")):
+        if wrong:
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise ValueError(f"{where}: {min(wrong)}{more} is {what}")
+    for name, shape in expected.items():
+        path, stored, _ = files.tensors[name]
+        if stored != shape:
+            raise ValueError(f"{path}: {name} has shape {stored}, the config asks for {shape}")
+    return list(expected)
+
+
+def check_tied_head(files: CheckpointFiles) -> None:
+    """A stored copy of the embedding may be left out only if it is one; every 997th row is compared."""
+    head, embedding = files.read("lm_head.weight"), files.read("model.embed_tokens.weight")
+    if head.shape != embedding.shape or not torch.equal(head[::997], embedding[::997]):
+        raise ValueError(f"{files.tensors['lm_head.weight'][0]}: lm_head.weight differs from the embedding, though "
+                         "config.json says tie_word_embeddings")
