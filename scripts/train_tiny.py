@@ -1,0 +1,303 @@
+"""Trains the embedded checkpoints: uv run python scripts/train_tiny.py qwen3 [--output FOLDER]
+
+A real Qwen3, a thousandth of the size: it learns the glossary and small talk of tiny_corpus.py and sums of
+numbers up to three digits, answered at once or digit by digit in a think block. Everything is made here, from
+one seed: the conversations, the byte-level BPE, the weights. One sum in ten is never trained on, nor are some
+ways to ask; on those it is measured at the end.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from qwen3.config import Qwen3Config  # noqa: E402
+from qwen3.generate import generate_batch  # noqa: E402
+from qwen3.model import Qwen3  # noqa: E402
+from qwen3.tokenizer import END_THINK, IM_END, IM_START, THINK, Control, Tokenizer  # noqa: E402
+from qwen3.weights import load_model  # noqa: E402
+from scripts.tiny_corpus import (DONT_KNOW, HELD_OUT_PHRASINGS, TRAIN_PHRASINGS, UNKNOWN_QUESTIONS, ask,  # noqa: E402
+                                 glossary, small_talk, unknown_things)
+
+SEED = 20
+STEPS, BATCH, LEARNING_RATE = 4000, 128, 3e-3
+VOCABULARY = 1024
+ENDOFTEXT = "<|endoftext|>"
+
+# H * N = 192 is not D = 128, and K < H: whatever takes one for the other breaks on this checkpoint too.
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": VOCABULARY, "hidden_size": 128,
+    "intermediate_size": 384, "num_hidden_layers": 5, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "head_dim": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "rope_scaling": None, "tie_word_embeddings": True, "hidden_act": "silu", "attention_bias": False,
+    "attention_dropout": 0.0, "use_sliding_window": False, "sliding_window": None, "max_window_layers": 5,
+    "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16",
+}
+KINDS = {"qwen3": ("Qwen3-Tiny", QWEN3)}  # package -> the checkpoint's name and its config
+
+# As Qwen3's own: contractions, words with a leading space, digits one by one, punctuation, white space.
+PIECES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+# Other programs render conversations with this; it says what the published template says of plain turns.
+CHAT_TEMPLATE = """\
+{%- set ns = namespace(question=-1) %}
+{%- for message in messages %}{% if message.role == 'user' %}{% set ns.question = loop.index0 %}{% endif %}{% endfor %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- set content = message.content %}
+        {%- set thought = '' %}
+        {%- if '</think>' in content %}
+            {%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- if ns.question >= 0 and loop.index0 > ns.question and (loop.last or thought) %}
+            {{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+        {%- else %}
+            {{- content }}
+        {%- endif %}
+    {%- else %}
+        {{- message.content }}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""
+
+SUM_PHRASINGS = ["What is {a} + {b}?", "{a} + {b}", "{a}+{b}", "What is {a} plus {b}?", "Add {a} and {b}.",
+                 "How much is {a} + {b}?", "Compute {a} + {b}.", "{a} + {b} = ?", "Can you add {a} and {b}?",
+                 "What is the sum of {a} and {b}?"]
+SYSTEM_PROMPTS = ["You are a helpful assistant.", "You are a teacher.", "Answer in one sentence.", "Be brief."]
+
+
+def is_held_out(a: int, b: int) -> bool:
+    """One pair in ten, spread evenly and without a state that could get lost."""
+    return (a * 7919 + b * 104729) // 10 % 10 == 3
+
+
+def carry_through(a: int, b: int) -> str:
+    """Addition as it is done on paper, one digit a line, from the right."""
+    lines, carry = [], 0
+    for place in range(max(len(str(a)), len(str(b)))):
+        x, y = a // 10**place % 10, b // 10**place % 10
+        total = x + y + carry
+        lines.append(f"{x} + {y} + {carry} = {total}, write {total % 10}, carry {total // 10}.")
+        carry = total // 10
+    return "\n".join(lines)
+
+
+class Corpus:
+    """Draws (question, thought, answer) at random."""
+
+    def __init__(self, name: str, package: str):
+        self.glossary, self.talk = glossary(), small_talk(name, package)
+        self.unknown = unknown_things()[0]
+
+    def draw(self, rng: random.Random) -> tuple[str, str, str]:
+        kind = rng.random()
+        if kind < 0.50:
+            return self.draw_sum(rng)
+        if kind < 0.90:
+            names, answer = rng.choice(self.glossary)
+            question = ask(rng.choice(TRAIN_PHRASINGS), rng.choice([names[0], rng.choice(names)]))
+            thought = f"The question is about {names[0]}."
+        elif kind < 0.95:
+            questions, answer = rng.choice(self.talk)
+            question, thought = rng.choice(questions), "The question is about me."
+        else:
+            phrasing = rng.choice(TRAIN_PHRASINGS[:20] + UNKNOWN_QUESTIONS * 2)
+            question, thought, answer = ask(phrasing, rng.choice(self.unknown)), "I was not taught that.", DONT_KNOW
+        # People type in haste.
+        if rng.random() < 0.15:
+            question = question.lower()
+        if rng.random() < 0.15:
+            question = question.rstrip("?.!")
+        return question, thought, answer
+
+    def draw_sum(self, rng: random.Random) -> tuple[str, str, str]:
+        while True:
+            a, b = (rng.randrange(10 ** rng.choice([1, 2, 2, 3, 3])) for _ in "ab")
+            if not is_held_out(a, b):
+                return rng.choice(SUM_PHRASINGS).format(a=a, b=b), carry_through(a, b), str(a + b)
+
+
+def train_tokenizer(corpus: Corpus) -> tokenizers.Tokenizer:
+    """Byte-level BPE on the corpus: Qwen3's normaliser, pieces and control tokens with a small vocabulary."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PIECES), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [AddedToken(text, special=text not in (THINK, END_THINK), normalized=False)
+               for text in (ENDOFTEXT, IM_START, IM_END, THINK, END_THINK)]
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - len(control), show_progress=False,
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    rng = random.Random(SEED)
+    text = ("\n".join(corpus.draw(rng)) for _ in range(20000))
+    tokenizer.train_from_iterator(text, trainer)
+    tokenizer.add_tokens(control)  # behind the vocabulary, as in the published files
+    return tokenizer
+
+
+def examples(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:
+    """(prompt ids, answer ids) without end: both modes, some with a system prompt or earlier turns."""
+    rng = random.Random(SEED)
+    while True:
+        messages = []
+        if rng.random() < 0.1:
+            messages.append({"role": "system", "content": rng.choice(SYSTEM_PROMPTS)})
+        for _ in range(rng.choice([0] * 7 + [1, 1, 2])):
+            question, _, answer = corpus.draw(rng)
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        question, thought, answer = corpus.draw(rng)
+        messages.append({"role": "user", "content": question})
+        thinking = rng.random() < 0.5
+        opening = [Control(THINK), f"\n{thought}\n", Control(END_THINK), "\n\n"] if thinking else []
+        yield tokenizer.chat(messages, thinking), tokenizer.join([*opening, answer, Control(IM_END)])
+
+
+def batches(stream: Iterator[tuple[list[int], list[int]]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(token ids (B, T), targets (B, T), -100 where nothing is to be learned); rows of like length together."""
+    rng = random.Random(SEED)
+    while True:
+        rows = sorted((next(stream) for _ in range(16 * BATCH)), key=lambda row: len(row[0]) + len(row[1]))
+        groups = [rows[i:i + BATCH] for i in range(0, len(rows), BATCH)]
+        for group in rng.sample(groups, len(groups)):
+            T = max(len(prompt) + len(answer) for prompt, answer in group) - 1
+            ids, targets = torch.zeros(BATCH, T, dtype=torch.long), torch.full((BATCH, T), -100)
+            for row, (prompt, answer) in enumerate(group):
+                whole = torch.tensor(prompt + answer)
+                ids[row, :len(whole) - 1] = whole[:-1]
+                targets[row, len(prompt) - 1:len(whole) - 1] = whole[len(prompt):]
+            yield ids, targets
+
+
+def train(model: Qwen3, stream: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int) -> None:
+    """AdamW with a short warm-up and a linear way down to zero."""
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0}],
+                                  lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 200, (steps - step) / (steps - 200)))
+    started, mean = time.monotonic(), 0.0
+    for step in range(1, steps + 1):
+        ids, targets = next(stream)
+        wanted = targets != -100
+        with torch.autocast("cpu", torch.bfloat16):  # products in bfloat16, weights and sums in float32
+            # The head is applied only where there is something to learn.
+            logits = F.linear(model.model(ids)[wanted], model.model.embed_tokens.weight)
+            loss = F.cross_entropy(logits, targets[wanted])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        mean += (loss.item() - mean) / min(step, 50)
+        if step % 50 == 0 or step == steps:
+            elapsed = time.monotonic() - started
+            print(f"\rstep {step}/{steps}  loss {mean:.4f}  {elapsed / 60:.1f} min, "
+                  f"{elapsed * (steps - step) / step / 60:.1f} to go ", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+
+def save(model: Qwen3, tokenizer: tokenizers.Tokenizer, config: dict, folder: Path) -> None:
+    """The five files of a published checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ends = {"bos_token_id": tokenizer.token_to_id(ENDOFTEXT), "eos_token_id": tokenizer.token_to_id(IM_END)}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": IM_END, "pad_token": ENDOFTEXT,
+                "model_max_length": config["max_position_embeddings"], "chat_template": CHAT_TEMPLATE}
+    generation = {"do_sample": False, "eos_token_id": [ends["eos_token_id"], ends["bos_token_id"]],
+                  "pad_token_id": ends["bos_token_id"]}
+    for name, values in (("config", config | ends), ("tokenizer_config", settings), ("generation_config", generation)):
+        (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def evaluate(folder: Path) -> dict[str, float]:
+    """Shares of exactly right answers of the saved checkpoint, on sums and phrasings that it never saw."""
+    model, tokenizer = load_model(folder), Tokenizer.from_checkpoint(folder)
+    stop_ids = model.config.eos_token_id
+
+    def share(questions: list[tuple[str, str]], thinking: bool) -> float:
+        right = 0
+        for first in range(0, len(questions), 64):
+            part = questions[first:first + 64]
+            prompts = [tokenizer.chat([{"role": "user", "content": question}], thinking) for question, _ in part]
+            answers = generate_batch(model, prompts, max_new_tokens=120, stop_ids=stop_ids)
+            texts = [tokenizer.decode(ids).rpartition(f"{END_THINK}\n\n")[2] for ids in answers]
+            right += sum(text == answer for text, (_, answer) in zip(texts, part))
+        return right / len(questions)
+
+    rng = random.Random(SEED + 1)
+    short = [(a, b) for a in range(100) for b in range(100) if is_held_out(a, b)]
+    long = [(a, b) for a in range(1000) for b in range(1000) if is_held_out(a, b) and max(a, b) > 99]
+    sums = {digits: [(SUM_PHRASINGS[0].format(a=a, b=b), str(a + b)) for a, b in rng.sample(pairs, 1000)]
+            for digits, pairs in ((2, short), (3, long))}
+
+    def words(phrasings: list[str]) -> list[tuple[str, str]]:
+        return [(ask(phrasing, names[0]), answer) for phrasing in phrasings for names, answer in glossary()]
+
+    held_out_things = [(ask(phrasing, thing), DONT_KNOW) for phrasing in TRAIN_PHRASINGS[:3] for thing in unknown_things()[1]]
+    return {
+        "held-out sums, 3 digits, thinking": share(sums[3], True),
+        "held-out sums, 2 digits, thinking": share(sums[2], True),
+        "held-out sums, 2 digits, direct": share(sums[2], False),
+        "held-out sums, 3 digits, direct": share(sums[3], False),
+        "glossary, direct": share(words(TRAIN_PHRASINGS[:2]), False),
+        "glossary, thinking": share(words(TRAIN_PHRASINGS[:2]), True),
+        "glossary, held-out phrasings, direct": share(words(HELD_OUT_PHRASINGS), False),
+        "glossary, held-out phrasings, thinking": share(words(HELD_OUT_PHRASINGS), True),
+        "says that it does not know, held-out things": share(held_out_things, False),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train an embedded checkpoint.")
+    parser.add_argument("package", choices=KINDS)
+    parser.add_argument("--output", type=Path, help="folder to write; default: checkpoints/ and the model's name")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"default {STEPS}")
+    parser.add_argument("--evaluate-only", action="store_true", help="measure the checkpoint that is there")
+    arguments = parser.parse_args()
+    name, numbers = KINDS[arguments.package]
+    folder = arguments.output or ROOT / "checkpoints" / name
+    if not arguments.evaluate_only:
+        torch.manual_seed(SEED)
+        torch.set_num_threads(2)  # sums in float32 depend on how they are split: fewer threads, other weights
+        corpus = Corpus(name, arguments.package)
+        library = train_tokenizer(corpus)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(numbers), encoding="utf-8")
+        model = Qwen3(Qwen3Config.from_checkpoint(folder))
+        print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters", file=sys.stderr)
+        train(model, batches(examples(corpus, Tokenizer(library, "switch"))), arguments.steps)
+        save(model, library, numbers, folder)
+    for what, right in evaluate(folder).items():
+        print(f"{right:7.2%}  {what}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
