@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from torch import Tensor
 
+from qwen3.config import Qwen3Config
 from qwen3.layers import KVCache
 from qwen3.model import Qwen3
 
@@ -54,7 +55,7 @@ def generate(model: Qwen3, prompt_ids: list[int], *, max_new_tokens: int, temper
     holds all tokens but the last. `progress(done, total)` is called during prefill.
     Raises ValueError at once, before anything is computed, for a request that cannot be met.
     """
-    check_request(model, [prompt_ids], max_new_tokens, temperature, top_k, top_p)
+    check_request(model.config, [prompt_ids], max_new_tokens, temperature, top_k, top_p)
     known = cache.length if cache is not None else 0
     if known >= len(prompt_ids):
         raise ValueError(f"the cache holds {known} tokens, the prompt has {len(prompt_ids)}: nothing is left to compute")
@@ -92,7 +93,7 @@ def generate_batch(model: Qwen3, prompts: list[list[int]], *, max_new_tokens: in
     """
     if not prompts:
         return []
-    check_request(model, prompts, max_new_tokens, temperature, top_k, top_p)
+    check_request(model.config, prompts, max_new_tokens, temperature, top_k, top_p)
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
     cache = new_cache(model, longest + max(max_new_tokens - 1, 0), padding)
@@ -141,9 +142,9 @@ def new_generator(model: Qwen3, seed: int | None) -> torch.Generator:
     return generator
 
 
-def check_request(model: Qwen3, prompts: list[list[int]], max_new_tokens: int, temperature: float,
+def check_request(config: Qwen3Config, prompts: list[list[int]], max_new_tokens: int, temperature: float,
                   top_k: int | None, top_p: float | None) -> None:
-    config = model.config
+    """ValueError for what `generate` could not do; cheap, so that it can be asked before a model is loaded."""
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 0 or more")
     if not 0 <= temperature < float("inf"):

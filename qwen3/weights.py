@@ -71,6 +71,31 @@ def bytes_in_memory(directory: str | Path, dtype: torch.dtype | str | None = Non
     return total
 
 
+def find_device(name: str | None) -> torch.device:
+    """The named device, or the fastest that is there; ValueError if it cannot be used."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError):  # by device, an absent one raises any of these
+        raise ValueError(f"device {name!r} is not usable here; `-d cpu` always is") from None
+    return device
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes, or None where it cannot be known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    try:  # Linux counts what it could drop, such as files that it caches
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
 def compute_dtype(config: Qwen3Config, files: "CheckpointFiles", dtype: torch.dtype | str | None) -> torch.dtype:
     """One type for activations, norms and cache, decided once: asked for, or the config's, or the embedding's."""
     dtype = DTYPES.get(dtype, dtype) or config.dtype
