@@ -1,0 +1,191 @@
+"""The building blocks against their definitions, written out slowly."""
+
+import math
+
+import pytest
+import torch
+
+from qwen3 import layers
+from qwen3.config import Qwen3Config, Yarn
+from qwen3.layers import (KVCache, RMSNorm, RotaryEmbedding, attention_fused, attention_mask, attention_written_out,
+                          dequantize, inverse_frequencies, rotate)
+from qwen3.model import Qwen3
+
+CONFIG = Qwen3Config(vocab_size=50, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6,
+                     num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-6, rope_theta=1e4)
+
+
+def config(**changes) -> Qwen3Config:
+    return Qwen3Config(**{name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__} | changes)
+
+
+def test_rmsnorm_by_hand():
+    norm = RMSNorm(4, eps=0.0)
+    norm.weight.data = torch.tensor([1.0, 2.0, 1.0, 1.0])
+    # mean of squares (1 + 1 + 25 + 9) / 4 = 9, root 3
+    assert torch.allclose(norm(torch.tensor([1.0, -1.0, 5.0, 3.0])), torch.tensor([1 / 3, -2 / 3, 5 / 3, 1.0]))
+
+
+def test_rmsnorm_squares_in_float32():
+    norm = RMSNorm(4, eps=1e-6).half()
+    assert torch.equal(norm(torch.full((4,), 1000.0).half()), torch.ones(4).half())  # 1000^2 is no float16
+
+
+def test_rmsnorm_rounds_before_the_weight():
+    norm = RMSNorm(64, eps=1e-6).bfloat16()
+    norm.weight.data = torch.linspace(0.5, 2, 64).bfloat16()
+    x = torch.linspace(-3, 3, 64).bfloat16()
+    normed = (x.float() * (x.float().square().mean() + 1e-6).rsqrt()).bfloat16()
+    late = (normed.float() * norm.weight.float()).bfloat16()
+    never = (x.float() * (x.float().square().mean() + 1e-6).rsqrt() * norm.weight.float()).bfloat16()
+    assert torch.equal(norm(x), late) and not torch.equal(late, never)
+
+
+@pytest.mark.parametrize("position", [0, 1, 63, 5000, 40959])
+def test_rope_tables_have_the_angles_of_the_paper(position):
+    cos, sin = RotaryEmbedding(config(rope_theta=1e6))(torch.tensor([[position]]), position + 1, torch.float32)
+    for j in range(4):
+        angle = position * 1e6 ** (-2 * j / 8)
+        # float32 holds an angle of 40959 to within 0.002
+        assert float(cos[0, 0, 0, j]) == pytest.approx(math.cos(angle), abs=1e-6 + angle * 1e-7)
+        assert float(sin[0, 0, 0, j]) == pytest.approx(math.sin(angle), abs=1e-6 + angle * 1e-7)
+
+
+def test_rope_tables_grow_and_are_never_rounded():
+    rope = RotaryEmbedding(CONFIG)
+    rope(torch.tensor([[0]]), 1, torch.bfloat16)
+    first = len(rope.cos)
+    cos, _ = rope(torch.tensor([[first]]), first + 1, torch.bfloat16)
+    assert len(rope.cos) > first and rope.cos.dtype == torch.float32 and cos.dtype == torch.bfloat16
+    assert torch.equal(cos[0, 0, 0], torch.cos(first * inverse_frequencies(CONFIG)[0]).bfloat16())
+
+
+def test_rotation_turns_value_j_with_value_j_plus_half():
+    x = torch.tensor([1.0, 10.0, 2.0, 20.0]).view(1, 1, 1, 4)  # pairs (1, 2) and (10, 20)
+    cos, sin = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])  # a quarter turn, and none
+    assert torch.equal(rotate(x, cos, sin).flatten(), torch.tensor([-2.0, 10.0, 1.0, 20.0]))
+
+
+def test_scores_depend_on_the_distance_alone():
+    q, k = torch.randn(1, 1, 1, 8, dtype=torch.double), torch.randn(1, 1, 1, 8, dtype=torch.double)
+    rope = RotaryEmbedding(CONFIG)
+
+    def score(m: int, n: int) -> float:
+        at = lambda position: rope(torch.tensor([[position]]), 200, torch.double)
+        return float((rotate(q, *at(m)) * rotate(k, *at(n))).sum())
+
+    assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-5)
+    assert abs(score(7, 3) - score(7, 4)) > 1e-3
+
+
+def test_yarn_keeps_fast_pairs_and_slows_slow_ones_by_the_factor():
+    plain, one = inverse_frequencies(config(head_dim=128, rope_theta=1e6))
+    slowed, scale = inverse_frequencies(config(head_dim=128, rope_theta=1e6, rope_scaling=Yarn(4.0, 32768)))
+    assert one == 1 and scale == pytest.approx(0.1 * math.log(4) + 1)
+    assert torch.allclose(slowed[:20], plain[:20]) and torch.allclose(slowed[-20:], plain[-20:] / 4)
+    ratio = slowed / plain
+    assert (ratio.diff() <= 1e-6).all()
+
+
+@pytest.mark.parametrize("first, T, padding", [(0, 1, None), (0, 5, None), (3, 4, None), (6, 1, None),
+                                               (0, 5, [0, 2, 4]), (4, 3, [0, 1, 3]), (5, 1, [0, 5, 2])])
+def test_the_mask_is_the_rule(first, T, padding):
+    mask = attention_mask(first, T, torch.tensor(padding)[:, None] if padding else None, torch.device("cpu"))
+    for row, pad in enumerate(padding or [0]):
+        for t in range(T):
+            for slot in range(first + T):
+                p = first + t
+                sees = slot <= p and slot >= pad or (slot == p and p < pad)
+                got = True if mask is None else bool(mask[t, slot] if mask.ndim == 2 else mask[row, 0, t, slot])
+                assert got == sees, (row, p, slot)
+
+
+def attention_by_loops(q, k, v, mask):
+    """Every head, query and key one by one."""
+    out = torch.zeros_like(q)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            group = h // (q.shape[1] // k.shape[1])
+            for t in range(q.shape[2]):
+                seen = [s for s in range(k.shape[2])
+                        if mask is None or (mask[t, s] if mask.ndim == 2 else mask[b, 0, t, s])]
+                scores = [float(q[b, h, t] @ k[b, group, s]) / math.sqrt(q.shape[3]) for s in seen]
+                total = sum(math.exp(score - max(scores)) for score in scores)
+                for s, score in zip(seen, scores):
+                    out[b, h, t] += math.exp(score - max(scores)) / total * v[b, group, s]
+    return out
+
+
+@pytest.mark.parametrize("first, T, padding", [(0, 6, None), (4, 3, None), (5, 1, None), (0, 5, [0, 3]), (4, 1, [0, 2])])
+def test_both_forms_of_attention_are_the_definition(first, T, padding):
+    generator = torch.Generator().manual_seed(1)
+    B, S = len(padding or [0]), first + T
+    q = torch.randn(B, 6, T, 8, generator=generator)
+    k, v = (torch.randn(B, 2, S, 8, generator=generator) for _ in "kv")
+    mask = attention_mask(first, T, torch.tensor(padding)[:, None] if padding else None, torch.device("cpu"))
+    slow = attention_by_loops(q, k, v, mask)
+    assert torch.allclose(attention_written_out(q, k, v, mask), slow, atol=1e-5)
+    assert torch.allclose(attention_fused(q, k, v, mask), slow, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_a_model_with_written_out_attention_gives_the_same_logits(monkeypatch, dtype, tolerance):
+    torch.manual_seed(0)
+    model, ids = Qwen3(CONFIG).to(dtype), torch.randint(50, (2, 20))
+    fused = model(ids).float()
+    monkeypatch.setattr(layers, "attention_fused", attention_written_out)
+    assert (model(ids).float() - fused).abs().max() <= tolerance * fused.abs().max()
+
+
+def test_keys_and_values_are_never_repeated(monkeypatch):
+    shapes = []
+
+    def spy(q, k, v, mask):
+        shapes.append((q.shape[1], k.shape[1], v.shape[1]))
+        return attention_fused(q, k, v, mask)
+
+    monkeypatch.setattr(layers, "attention_fused", spy)
+    Qwen3(CONFIG)(torch.tensor([[1, 2, 3]]))
+    assert shapes == [(6, 2, 2)] * 2
+
+
+def test_the_cache_hands_out_views_and_is_cut_back():
+    cache = KVCache(CONFIG, 8, torch.float32)
+    new = torch.randn(1, 2, 3, 8)
+    keys, values = cache.write(1, new, new + 1)
+    assert keys.data_ptr() == cache.keys[1].data_ptr() and torch.equal(keys, new) and torch.equal(values, new + 1)
+    assert cache.length == 0  # the model moves on when all layers have written
+    cache.length = 3
+    cache.truncate(2)
+    keys, _ = cache.write(1, new[:, :, :1] * 5, new[:, :, :1])
+    assert torch.equal(keys, torch.cat([new[:, :, :2], new[:, :, :1] * 5], 2))
+    for wrong in (-1, 3):
+        with pytest.raises(ValueError, match="cannot cut a cache of 2 tokens"):
+            cache.truncate(wrong)
+
+
+def test_the_cache_grows_and_refuses_to_overflow():
+    cache = KVCache(CONFIG, 2, torch.float32)
+    new = torch.randn(1, 2, 2, 8)
+    cache.write(0, new, new)
+    cache.length = 2
+    with pytest.raises(ValueError, match="the cache holds 2 tokens, 3 are needed"):
+        cache.write(0, new[:, :, :1], new[:, :, :1])
+    cache.reserve(5)
+    assert cache.capacity == 5 and torch.equal(cache.keys[0, :, :, :2], new)
+    cache.reserve(3)
+    assert cache.capacity == 5
+
+
+def test_the_cache_has_the_size_of_the_formula():
+    cache = KVCache(CONFIG, 10, torch.bfloat16)
+    assert cache.keys.nbytes + cache.values.nbytes == 2 * 2 * 2 * 8 * 2 * 10  # 2 · layers · K · N · bytes · tokens
+
+
+def test_dequantisation_multiplies_each_block_by_its_scale():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(200, 300, generator=generator).to(torch.float8_e4m3fn)  # ragged: neither side is whole blocks
+    scale = torch.rand(2, 3, generator=generator)
+    got = dequantize(weight, scale, torch.float32)
+    for row, column in [(0, 0), (127, 127), (128, 127), (127, 128), (199, 299), (199, 255), (130, 256)]:
+        assert float(got[row, column]) == float(weight[row, column].float() * scale[row // 128, column // 128])
