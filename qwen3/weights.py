@@ -65,9 +65,10 @@ def bytes_in_memory(directory: str | Path, dtype: torch.dtype | str | None = Non
     compute = compute_dtype(config, files, dtype)
     total = 0
     for name, (_, shape, stored) in files.tensors.items():
-        keep = dtype is None and (stored == FP8 or name.endswith("_scale_inv"))
-        if not (config.tie_word_embeddings and name == "lm_head.weight"):
-            total += math.prod(shape) * (stored if keep else compute).itemsize
+        is_scale = name.endswith("_scale_inv")
+        if (is_scale and dtype is not None) or (config.tie_word_embeddings and name == "lm_head.weight"):
+            continue  # a scale that was multiplied in, or the embedding once more
+        total += math.prod(shape) * (stored if dtype is None and (stored == FP8 or is_scale) else compute).itemsize
     return total
 
 
