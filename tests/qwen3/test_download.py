@@ -1,0 +1,147 @@
+"""scripts/download_qwen3.sh against a hub on the loopback address."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen3.generate import generate
+from qwen3.tokenizer import Tokenizer
+from qwen3.weights import load_model
+from tests.hub import COMMIT, Hub
+from tests.seeded import qwen3_config, write_checkpoint
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "checkpoints/Qwen3-Tiny"
+NAME = "Qwen3-0.6B"
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    """A checkpoint of more than the 10 MB that the library takes at a time, with files that nobody needs."""
+    folder = tmp_path_factory.mktemp("published")
+    write_checkpoint(folder, qwen3_config(vocab_size=1024, hidden_size=512, intermediate_size=2048), torch.bfloat16)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(TINY / name, folder)
+    (folder / "README.md").write_text("not needed")
+    (folder / "pytorch_model.bin").write_bytes(b"not wanted")
+    return folder
+
+
+class Place:
+    """A fresh clone with a hub of its own; `uv run` is stood in for by this Python, so that no network is asked."""
+
+    def __init__(self, root: Path, published: Path):
+        self.root, self.hub, self.folder = root, Hub(published, f"Qwen/{NAME}"), root / "checkpoints" / NAME
+        for part in ("scripts", "bin"):
+            (root / part).mkdir()
+        shutil.copy(ROOT / "scripts/download_qwen3.sh", root / "scripts")
+        (root / "bin/uv").write_text(f'#!/bin/sh\n[ "$1 $2 $3" = "run --quiet python" ] || exit 99\nshift 3\nexec "{sys.executable}" "$@"\n')
+        (root / "bin/uv").chmod(0o755)
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | {
+            "PATH": f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}", "HF_ENDPOINT": self.hub.url, "HF_HOME": str(root / "home")}
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        return subprocess.Popen(["bash", str(self.root / "scripts/download_qwen3.sh"), *arguments], env=self.environment,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=120)
+        assert "Traceback" not in err
+        return process.returncode, out, err
+
+    def transfers(self) -> list[tuple[str, str | None]]:
+        """(file, range) of every file that was sent."""
+        return [(path.rpartition("/")[2], wanted) for method, path, wanted in self.hub.log if method == "GET" and "/resolve/" in path]
+
+
+@pytest.fixture
+def place(tmp_path, published):
+    place = Place(tmp_path, published)
+    yield place
+    place.hub.server.shutdown()
+
+
+def test_a_whole_download_is_loaded_and_run(place, published):
+    code, out, err = place.run()
+    assert code == 0, err
+    assert out == f"uv run python -m qwen3.main -m {NAME}\n"
+    assert sorted(os.listdir(place.folder)) == sorted(set(os.listdir(published)) - {"README.md", "pytorch_model.bin"})
+    assert all(COMMIT in path for _, path, _ in place.hub.log if "/resolve/" in path)
+    tokenizer, model = Tokenizer.from_checkpoint(place.folder), load_model(place.folder)
+    prompt = tokenizer.chat([{"role": "user", "content": "Hello!"}])
+    assert list(generate(model, prompt, max_new_tokens=3)) == list(generate(load_model(published), prompt, max_new_tokens=3))
+
+    # Again: all is there and whole, nothing is sent. One file damaged on the disk: only that one.
+    place.hub.log.clear()
+    assert place.run(f"Qwen/{NAME}")[0] == 0 and place.transfers() == []
+    tokens = (place.folder / "tokenizer.json").read_bytes()
+    (place.folder / "tokenizer.json").write_bytes(tokens[:-1] + b" ")
+    assert place.run("--revision", "v1")[0] == 0
+    assert [file for file, _ in place.transfers()] == ["tokenizer.json"]
+    assert (place.folder / "tokenizer.json").read_bytes() == tokens
+
+
+def test_ctrl_c_in_the_middle_and_the_second_time_only_the_rest_is_sent(place, published):
+    place.hub.cut_after = 15_000_000
+    process = place.start()
+    assert place.hub.stalled.wait(60)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and out == "" and "run this again and it goes on" in err and "Traceback" not in err
+    assert not (place.folder / "model.safetensors").exists()
+    place.hub.cut_after = None
+    place.hub.go_on.set()
+    place.hub.log.clear()
+    assert place.run()[0] == 0
+    ((file, wanted),) = place.transfers()
+    assert file == "model.safetensors" and int(re.fullmatch(r"bytes=(\d+)-.*", wanted)[1]) >= 10_000_000
+    assert (place.folder / file).read_bytes() == (published / file).read_bytes()
+
+
+def test_a_damaged_file_is_named_and_deleted(place):
+    place.hub.damage = "model.safetensors"
+    code, out, err = place.run()
+    assert code == 1 and out == "" and f"{NAME}/model.safetensors came damaged" in err
+    assert not (place.folder / "model.safetensors").exists() and (place.folder / "config.json").exists()
+    place.hub.damage = None
+    assert place.run()[0] == 0
+
+
+def test_a_name_that_does_not_exist(place):
+    code, out, err = place.run("Qwen3-7B")
+    assert code == 2 and out == "" and "Qwen3-7B is not a published dense Qwen3; there are Qwen3-0.6B, Qwen3-1.7B" in err
+    assert place.hub.log == []
+    code, _, err = place.run("Qwen3-8B")  # known, but this hub does not have it
+    assert code == 1 and f"{place.hub.url} has no Qwen/Qwen3-8B" in err
+
+
+def test_flags(place):
+    code, out, _ = place.run("--list")
+    assert code == 0 and len(out.splitlines()) == 21 and re.search(r"^Qwen3-0.6B +1.5 GB$", out, re.M)
+    code, _, err = place.run("--lst")
+    assert code == 2 and err.count("\n") == 1
+    code, _, err = place.run("--revision", "v9")
+    assert code == 2 and "has no revision v9" in err
+
+
+def test_the_token_is_sent_along(place):
+    place.hub.token = "secret"
+    code, _, err = place.run()
+    assert code == 1 and "HF_TOKEN does not allow it" in err
+    place.environment["HF_TOKEN"] = "secret"
+    assert place.run()[0] == 0
+
+
+def test_no_network_at_all(place):
+    place.environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # the discard port: nobody listens
+    code, out, err = place.run()
+    assert code == 1 and out == "" and "cannot get Qwen/Qwen3-0.6B from http://127.0.0.1:9" in err and err.count("\n") == 1
