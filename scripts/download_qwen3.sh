@@ -65,8 +65,29 @@ def is_whole(path: Path, file) -> bool:
     return digest.hexdigest() == (file.lfs.sha256 if file.lfs else file.blob_id)
 
 
+def fetch(url: str, path: Path, file) -> None:
+    """Get one file, going on where an earlier run stopped.
+
+    By http_get, since hf_hub_download begins each file anew in each run, and a file can be 5 GB.
+    """
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    part = path.with_name(f"{path.name}.{file.blob_id[:8]}.part")  # another revision has another name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    part.touch()
+    with part.open("r+b") as opened:
+        http_get(url, opened, resume_size=opened.seek(0, 2), headers=build_hf_headers(), expected_size=file.size,
+                 displayed_filename=path.name)
+    if not is_whole(part, file):
+        part.unlink()
+        fail(1, f"{path} came damaged (its size or hash is not what the hub says) and was deleted; run this again")
+    part.replace(path)
+
+
 def download(name: str, revision: str | None) -> None:
-    from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub import HfApi, constants, hf_hub_url
     from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError,
                                         RevisionNotFoundError)
 
@@ -87,13 +108,7 @@ def download(name: str, revision: str | None) -> None:
             fail(2, f"{name} needs {wanted / 1e9:.1f} GB more, the disk has {free / 1e9:.1f} GB free")
         note(f"{repository} at {info.sha[:12]}: {len(missing)} of {len(files)} files to get, {wanted / 1e9:.2f} GB")
         for file in missing:
-            path = folder / file.rfilename
-            # What is there and not whole is no beginning to go on from; that is kept apart, under .cache.
-            path.unlink(missing_ok=True)
-            hf_hub_download(repository, file.rfilename, revision=info.sha, local_dir=folder)
-            if not is_whole(path, file):
-                path.unlink(missing_ok=True)
-                fail(1, f"{path} came damaged (its size or hash is not what the hub says) and was deleted; run this again")
+            fetch(hf_hub_url(repository, file.rfilename, revision=info.sha), folder / file.rfilename, file)
     except GatedRepoError:
         fail(2, f"{repository} wants you to accept its terms; do so on its page and set HF_TOKEN")
     except RevisionNotFoundError:
@@ -107,7 +122,6 @@ def download(name: str, revision: str | None) -> None:
     except Exception as error:  # by version of the library, no network is one of many types
         fail(1, f"cannot get {repository} from {constants.ENDPOINT} ({type(error).__name__}); check the network, then "
                 "run this again: it goes on where it stopped")
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
     note(f"{folder} is whole. Run it with:")
     print(f"uv run python -m {PACKAGE}.main -m {name}")
 

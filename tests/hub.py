@@ -79,7 +79,6 @@ class Hub:
             self.stalled.set()
             self.go_on.wait(60)
             request.close_connection = True
-            request.connection.shutdown(2)
             return None
         return self.send(request, status, data[start:], headers, body)
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,9 @@ def test_ctrl_c_in_the_middle_and_the_second_time_only_the_rest_is_sent(place, p
     place.hub.cut_after = 15_000_000
     process = place.start()
     assert place.hub.stalled.wait(60)
+    deadline = time.monotonic() + 30  # sent is not yet written
+    while not any(part.stat().st_size for part in place.folder.glob("*.safetensors.*.part")) and time.monotonic() < deadline:
+        time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and out == "" and "run this again and it goes on" in err and "Traceback" not in err
