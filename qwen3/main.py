@@ -120,19 +120,18 @@ class Conversation:
         self.thinking = can in ("switch", "always") and wanted is not False
 
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        if self.tokenizer.thinking is None:
-            return self.tokenizer.encode(messages[-1]["content"])
+        """The conversation as ids; ValueError if they leave no room in the context for an answer."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return self.tokenizer.chat(system + messages, self.thinking)
+        base = self.tokenizer.thinking is None
+        ids = self.tokenizer.encode(messages[-1]["content"]) if base else self.tokenizer.chat(system + messages, self.thinking)
+        check_request(self.config, [ids], self.new_tokens(ids), **self.sampling)
+        return ids
 
     def new_tokens(self, prompt_ids: list[int]) -> int:
         """How many may be generated: what -n says, or the default as far as the context has room."""
         room = self.config.context_length - len(prompt_ids)
         wanted = self.arguments.max_new_tokens
         return min(MAX_NEW_TOKENS, max(room, 1)) if wanted is None else wanted
-
-    def check(self, prompt_ids: list[int]) -> None:
-        check_request(self.config, [prompt_ids], self.new_tokens(prompt_ids), **self.sampling)
 
     def load(self, tokens: int) -> None:
         """Load the weights, if they and the cache of so many tokens fit in the device's memory."""
@@ -156,7 +155,6 @@ class Conversation:
     def answer(self, messages: list[dict[str, str]]) -> str:
         """Stream the answer to a conversation; return it, without what was thought."""
         prompt_ids = self.prompt_ids(messages)
-        self.check(prompt_ids)
         if self.cache is None:
             self.cache = new_cache(self.model, len(prompt_ids))
         # The rendered history changes behind the last question, since earlier thoughts are left out; what is
@@ -164,15 +162,16 @@ class Conversation:
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.cached_ids, prompt_ids)))
         self.cache.truncate(min(common, len(prompt_ids) - 1))
         speed = Speed(self.model, len(prompt_ids) - self.cache.length)
-        ids = generate(self.model, prompt_ids, max_new_tokens=self.new_tokens(prompt_ids), **self.sampling,
+        limit = self.new_tokens(prompt_ids)
+        ids = generate(self.model, prompt_ids, max_new_tokens=limit, **self.sampling,
                        stop_ids=self.stop_ids, seed=self.arguments.seed, cache=self.cache,
                        progress=lambda done, total: progress("reading prompt token", done, total))
         try:
             text = self.print_answer(speed.watch(ids))
         finally:
             self.cached_ids = (prompt_ids + speed.ids)[:self.cache.length]
-        if len(speed.ids) == self.new_tokens(prompt_ids):
-            note(f"cut off after {len(speed.ids)} tokens; -n allows more")
+        if len(speed.ids) == limit:
+            note(f"cut off after {limit} tokens; -n allows more")
         note(speed.summary())
         return text
 
@@ -267,17 +266,15 @@ def chat(conversation: Conversation) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     conversation = Conversation(arguments)
-    prompt = DEFAULT_PROMPT if arguments.prompt is None else arguments.prompt
-    messages = [{"role": "user", "content": prompt}]
+    messages = [{"role": "user", "content": DEFAULT_PROMPT if arguments.prompt is None else arguments.prompt}]
     if arguments.chat and arguments.prompt is not None:
         raise ValueError("--chat asks for its questions itself; leave out -p")
     prompt_ids = conversation.prompt_ids(messages)
-    conversation.check(prompt_ids)
     conversation.load(len(prompt_ids) + conversation.new_tokens(prompt_ids))
     if arguments.chat:
         return chat(conversation)
     if arguments.prompt is None:
-        note(f'asking "{prompt}"; ask your own with -p, or converse with --chat')
+        note(f'asking "{DEFAULT_PROMPT}"; ask your own with -p, or converse with --chat')
     conversation.answer(messages)
 
 
