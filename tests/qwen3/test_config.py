@@ -111,3 +111,15 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="config.json: expected a JSON object"):
         Qwen3Config.from_checkpoint(tmp_path)
+
+
+def test_the_table_of_the_readme_has_the_published_numbers():
+    rows = {cells[0]: cells[1:] for line in (HERE.parents[1] / "qwen3/README.md").read_text().splitlines()
+            if line.startswith("| Qwen3-") and len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 9}
+    assert set(rows) == {"Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B"}
+    for name, cells in rows.items():
+        c = PUBLISHED[name]["config"]
+        per_token = 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"] * 2
+        assert cells == [str(c["num_hidden_layers"]), str(c["hidden_size"]), f"{c['num_attention_heads']} / {c['num_key_value_heads']}",
+                         str(c["intermediate_size"]), "tied" if c["tie_word_embeddings"] else "own",
+                         f"{PUBLISHED[name]['parameters']:,}", f"{per_token // 1024} KiB", f"{per_token * 32768 / 2**30:.1f} GiB"]
