@@ -181,7 +181,7 @@ Who made you? / Who trained you? / Where do you come from? | The script train_ti
 How were you trained? / What were you trained on? / What is your training data? | I was trained on a glossary, a little small talk and many sums, all written by one script.
 Why are you so small? / Why are you tiny? | I am small so that the code runs at once, with no network and no GPU.
 Can you add? / Can you do maths? / Can you calculate? / Are you good at maths? | I can add two whole numbers of up to three digits; with thinking I do it digit by digit.
-Can you multiply? / Can you subtract? / Can you divide? | No, I have only learned to add.
+Can you multiply? / Can you subtract? / Can you divide? | {only_add}
 Can you code? / Can you write code? / Write a program. / Write me some Python. | No, I am far too small for that; a published checkpoint can.
 Which code runs you? / What code are you running on? / Which package runs you? | The package {package} runs me, and the same code runs the published checkpoints.
 What should I read first? / Where do I start? / Where should I begin? | Read the README of {package}, then its config.py, and go on in the order of the files.
@@ -214,6 +214,11 @@ a database|a spoon|an airport|a camera|bread|the Bible|a wolf|energy|a battery|m
 UNKNOWN_QUESTIONS = ["Who is {x}?", "How old is {x}?", "Where can I buy {x}?", "Write a story about {x}.", "Why is {x} so big?"]
 
 
+NO_SUMS = ["What is {a} - {b}?", "{a} - {b}", "What is {a} minus {b}?", "{a} * {b}", "What is {a} times {b}?", "{a} / {b}",
+           "What is {a} * {b}?", "Multiply {a} by {b}.", "Subtract {a} from {b}."]
+ONLY_ADD = "No, I have only learned to add."
+
+
 def glossary() -> list[tuple[list[str], str]]:
     """[(names, answer)]: the first name is the usual one."""
     lines = [line.split(" | ") for line in GLOSSARY_TEXT.strip().splitlines()]
@@ -229,7 +234,7 @@ def ask(phrasing: str, name: str) -> str:
 def small_talk(name: str, package: str) -> list[tuple[list[str], str]]:
     """[(questions, answer)] for a model called `name` that `package` runs."""
     lines = [line.split(" | ") for line in SMALL_TALK.strip().splitlines()]
-    return [(questions.split(" / "), answer.format(name=name, package=package)) for questions, answer in lines]
+    return [(questions.split(" / "), answer.format(name=name, package=package, only_add=ONLY_ADD)) for questions, answer in lines]
 
 
 def unknown_things() -> tuple[list[str], list[str]]:

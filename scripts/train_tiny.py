@@ -27,11 +27,11 @@ from qwen3.generate import generate_batch  # noqa: E402
 from qwen3.model import Qwen3  # noqa: E402
 from qwen3.tokenizer import END_THINK, IM_END, IM_START, THINK, Control, Tokenizer  # noqa: E402
 from qwen3.weights import load_model  # noqa: E402
-from scripts.tiny_corpus import (DONT_KNOW, HELD_OUT_PHRASINGS, TRAIN_PHRASINGS, UNKNOWN_QUESTIONS, ask,  # noqa: E402
-                                 glossary, small_talk, unknown_things)
+from scripts.tiny_corpus import (DONT_KNOW, HELD_OUT_PHRASINGS, NO_SUMS, ONLY_ADD, TRAIN_PHRASINGS,  # noqa: E402
+                                 UNKNOWN_QUESTIONS, ask, glossary, small_talk, unknown_things)
 
 SEED = 20
-STEPS, BATCH, LEARNING_RATE = 4000, 128, 3e-3
+STEPS, BATCH, LEARNING_RATE = 3500, 112, 3e-3
 VOCABULARY = 1024
 ENDOFTEXT = "<|endoftext|>"
 
@@ -113,13 +113,16 @@ class Corpus:
         kind = rng.random()
         if kind < 0.50:
             return self.draw_sum(rng)
-        if kind < 0.90:
+        if kind < 0.88:
             names, answer = rng.choice(self.glossary)
             question = ask(rng.choice(TRAIN_PHRASINGS), rng.choice([names[0], rng.choice(names)]))
             thought = f"The question is about {names[0]}."
-        elif kind < 0.95:
+        elif kind < 0.93:
             questions, answer = rng.choice(self.talk)
             question, thought = rng.choice(questions), "The question is about me."
+        elif kind < 0.945:
+            question = rng.choice(NO_SUMS).format(a=rng.randrange(1000), b=rng.randrange(1000))
+            thought, answer = "I was not taught that.", ONLY_ADD
         else:
             phrasing = rng.choice(TRAIN_PHRASINGS[:20] + UNKNOWN_QUESTIONS * 2)
             question, thought, answer = ask(phrasing, rng.choice(self.unknown)), "I was not taught that.", DONT_KNOW
@@ -164,7 +167,7 @@ def examples(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[list[int], 
         messages = []
         if rng.random() < 0.1:
             messages.append({"role": "system", "content": rng.choice(SYSTEM_PROMPTS)})
-        for _ in range(rng.choice([0] * 7 + [1, 1, 2])):
+        for _ in range(rng.choice([0] * 16 + [1, 2, 4, 8])):
             question, _, answer = corpus.draw(rng)
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         question, thought, answer = corpus.draw(rng)
