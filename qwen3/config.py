@@ -89,23 +89,23 @@ class Qwen3Config:
 
         path = directory / "generation_config.json"
         generation = Fields(path, read_json(path) if path.exists() else {})
-        eos = generation.get("eos_token_id", fields.get("eos_token_id"))
-        # do_sample false is how a Base checkpoint asks for greedy decoding.
-        sampling = ("temperature", "top_k", "top_p") if generation.get("do_sample", False) else ()
-        defaults = {"temperature": 1.0} if sampling else {}
+        vocab_size = fields.whole("vocab_size")
+        stop_ids = read_stop_ids(generation, vocab_size)
+        if stop_ids is None:
+            stop_ids = read_stop_ids(fields, vocab_size)
 
         config = cls(
-            **{name: fields.positive_int(name) for name in (
+            **{name: fields.whole(name) for name in (
                 "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                 "num_key_value_heads", "head_dim", "max_position_embeddings")},
             rms_norm_eps=fields.number("rms_norm_eps"),
             rope_theta=rope_theta,
             rope_scaling=yarn,
-            tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
+            tie_word_embeddings=fields.flag("tie_word_embeddings", False),
             dtype=read_dtype(fields),
             weight_block_size=read_quantization(fields),
-            eos_token_id=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-            **defaults | {name: generation.get(name) for name in sampling if generation.get(name) is not None},
+            eos_token_id=stop_ids or (),
+            **read_sampling(generation),
         )
         if config.num_attention_heads % config.num_key_value_heads:
             raise ValueError(f"{fields.path}: num_attention_heads {config.num_attention_heads} is not a multiple "
@@ -125,19 +125,35 @@ class Fields:
         value = self.values.get(name)
         return default if value is None else value
 
-    def number(self, name: str) -> float:
-        value = self.get(name)
+    def required(self, name: str, default=None):
+        value = self.get(name, default)
         if value is None:
             raise ValueError(f"{self.path}: the field {name} is missing")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        return value
+
+    def number(self, name: str, default: float | None = None, zero: bool = False) -> float:
+        value = self.required(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 2**31 or not (value or zero):
             raise ValueError(f"{self.path}: {name} is {value!r}, expected a positive number")
         return float(value)
 
-    def positive_int(self, name: str) -> int:
-        value = self.number(name)
+    def whole(self, name: str, default: int | None = None, zero: bool = False) -> int:
+        value = self.number(name, default, zero)
         if value != int(value):
             raise ValueError(f"{self.path}: {name} is {value!r}, expected a whole number")
         return int(value)
+
+    def object(self, name: str) -> "Fields":
+        value = self.get(name, {})
+        if not isinstance(value, dict):
+            self.refuse(name, "expected an object")
+        return Fields(self.path, value)
+
+    def flag(self, name: str, default: bool | None = None) -> bool:
+        value = self.required(name, default)
+        if not isinstance(value, bool):
+            raise ValueError(f"{self.path}: {name} is {value!r}, expected true or false")
+        return value
 
     def refuse(self, name: str, why: str):
         raise ValueError(f"{self.path}: {name} is {self.values.get(name)!r}: {why}")
@@ -149,8 +165,10 @@ def read_json(path: Path) -> dict:
         raise FileNotFoundError(f"{path}: no such file; a checkpoint's folder has one")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return values
@@ -159,27 +177,31 @@ def read_json(path: Path) -> dict:
 def refuse_what_is_not_computed(fields: Fields) -> None:
     model_type = fields.get("model_type")
     if model_type != "qwen3":
-        what = OTHER_MODELS.get(model_type, "this package runs only model_type 'qwen3'")
-        fields.refuse("model_type", what if model_type not in OTHER_MODELS else f"this folder holds {what}")
+        what = OTHER_MODELS.get(str(model_type))
+        fields.refuse("model_type", f"this folder holds {what}" if what else "this package runs only model_type 'qwen3'")
     if fields.get("hidden_act") != "silu":
         fields.refuse("hidden_act", "only 'silu' is known")
-    if fields.get("attention_bias", False):
-        fields.refuse("attention_bias", "Qwen3 has no biases, and this package would ignore them")
+    if fields.flag("attention_bias", False):
+        fields.refuse("attention_bias", "this package has no biases and would ignore them")
     # The published files carry a window that is switched off; transformers 5 spells the outcome per layer.
     layer_types = fields.get("layer_types")
     if layer_types is not None:
-        if any(kind != "full_attention" for kind in layer_types):
+        if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
             fields.refuse("layer_types", "only 'full_attention' is known, a sliding window is not")
-    elif fields.get("use_sliding_window", False) and fields.get("sliding_window") is not None:
-        if fields.get("max_window_layers", 0) < fields.positive_int("num_hidden_layers"):
+    elif fields.flag("use_sliding_window", False) and fields.values.get("sliding_window", "some default") is not None:
+        if fields.whole("max_window_layers", 0, zero=True) < fields.whole("num_hidden_layers"):
             fields.refuse("use_sliding_window", "sliding-window attention is not supported")
 
 
 def read_rope(fields: Fields) -> tuple[float, Yarn | None]:
     """(rope_theta, YaRN's numbers or None), from either generation of names."""
+    if fields.get("rope_parameters") and fields.get("rope_scaling"):
+        fields.refuse("rope_scaling", "rope_parameters is there too; put all of it into that")
     name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
-    rope = Fields(fields.path, dict(fields.get(name, {})))
+    rope = fields.object(name)
     theta = Fields(fields.path, fields.values | rope.values).number("rope_theta")
+    if theta <= 1:
+        fields.refuse("rope_theta", "expected more than 1")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
@@ -188,32 +210,57 @@ def read_rope(fields: Fields) -> tuple[float, Yarn | None]:
     known = set(Yarn.__dataclass_fields__) | {"rope_type", "type", "rope_theta"}
     if unknown := sorted(set(rope.values) - known):
         fields.refuse(name, f"{unknown[0]!r} is not a field of YaRN that this package knows")
-    numbers = {key: rope.number(key) for key in Yarn.__dataclass_fields__
-               if key != "truncate" and rope.get(key) is not None}
-    numbers.setdefault("original_max_position_embeddings", fields.number("max_position_embeddings"))
-    if "factor" not in numbers:
+    if rope.get("factor") is None:
         raise ValueError(f"{fields.path}: {name} has type 'yarn' but no factor")
-    numbers["original_max_position_embeddings"] = int(numbers["original_max_position_embeddings"])
-    return theta, Yarn(**numbers, truncate=bool(rope.get("truncate", True)))
+    numbers = {key: rope.number(key, zero=key.startswith("mscale")) for key in Yarn.__dataclass_fields__
+               if key != "truncate" and rope.get(key) is not None}
+    # A field of this name outside the object goes before the one within; without either, this is no stretched config.
+    original = fields.get("original_max_position_embeddings", numbers.get("original_max_position_embeddings"))
+    original = Fields(fields.path, {"original_max_position_embeddings": original}).whole(
+        "original_max_position_embeddings", fields.whole("max_position_embeddings"))
+    return theta, Yarn(**numbers | {"original_max_position_embeddings": original}, truncate=rope.flag("truncate", True))
 
 
 def read_dtype(fields: Fields) -> torch.dtype | None:
     name = "dtype" if fields.get("dtype") else "torch_dtype"
     value = fields.get(name)
-    if value is not None and value not in DTYPES:
+    if value is not None and str(value) not in DTYPES:
         fields.refuse(name, f"expected one of {', '.join(DTYPES)}")
     return DTYPES.get(value)
 
 
+def read_stop_ids(fields: Fields, vocab_size: int) -> tuple[int, ...] | None:
+    """`eos_token_id`, one or a list of them; None where the file does not say."""
+    value = fields.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(id) is int and 0 <= id < vocab_size for id in ids):
+        fields.refuse("eos_token_id", f"expected token ids below {vocab_size}")
+    return None if value is None else tuple(ids)
+
+
+def read_sampling(fields: Fields) -> dict[str, float]:
+    """The defaults of generation_config.json. do_sample false is how a Base checkpoint asks for greedy decoding."""
+    if not fields.flag("do_sample", False):
+        return {}
+    sampling = {"temperature": fields.number("temperature", 1.0, zero=True)}
+    if fields.get("top_k") is not None:
+        sampling["top_k"] = fields.whole("top_k", zero=True)
+    if fields.get("top_p") is not None:
+        sampling["top_p"] = fields.number("top_p")
+        if sampling["top_p"] > 1:
+            fields.refuse("top_p", "expected at most 1")
+    return sampling
+
+
 def read_quantization(fields: Fields) -> tuple[int, int] | None:
     """The block that shares one scale, (rows, columns), or None where the weights are not quantised."""
-    quantization = fields.get("quantization_config")
-    if quantization is None:
+    if fields.get("quantization_config") is None:
         return None
+    quantization = fields.object("quantization_config")
     known = {"quant_method": ("fp8",), "fmt": (None, "e4m3"), "activation_scheme": (None, "dynamic"),
              "weight_block_size": ([128, 128],)}
     for name, values in known.items():
         if quantization.get(name) not in values:
             fields.refuse("quantization_config", f"{name} {quantization.get(name)!r} is not known; "
                           "only FP8 (e4m3) weights in blocks of 128 x 128 are")
-    return tuple(quantization["weight_block_size"])
+    return tuple(quantization.values["weight_block_size"])

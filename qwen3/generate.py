@@ -32,8 +32,9 @@ def sample(logits: Tensor, temperature: float = 0.0, top_k: int | None = None, t
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
-    # Softmax does not change when all logits shift; with the largest at 0 a tiny temperature cannot overflow.
-    logits = (logits - logits.max(-1, keepdim=True).values) / temperature
+    # Softmax does not change when all logits shift; with the largest at 0 a tiny temperature cannot overflow (below
+    # 1e-38 it would be 0 in float32, and 0/0).
+    logits = (logits - logits.max(-1, keepdim=True).values) / max(temperature, 1e-30)
     if not top_k and (top_p is None or top_p == 1):
         return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
     logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # (B, top_k), likeliest first
@@ -55,7 +56,7 @@ def generate(model: Qwen3, prompt_ids: list[int], *, max_new_tokens: int, temper
     holds all tokens but the last. `progress(done, total)` is called during prefill.
     Raises ValueError at once, before anything is computed, for a request that cannot be met.
     """
-    check_request(model.config, [prompt_ids], max_new_tokens, temperature, top_k, top_p)
+    check_request(model.config, [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed)
     known = cache.length if cache is not None else 0
     if known >= len(prompt_ids):
         raise ValueError(f"the cache holds {known} tokens, the prompt has {len(prompt_ids)}: nothing is left to compute")
@@ -93,11 +94,11 @@ def generate_batch(model: Qwen3, prompts: list[list[int]], *, max_new_tokens: in
     """
     if not prompts:
         return []
-    check_request(model.config, prompts, max_new_tokens, temperature, top_k, top_p)
+    check_request(model.config, prompts, max_new_tokens, temperature, top_k, top_p, seed)
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
     cache = new_cache(model, longest + max(max_new_tokens - 1, 0), padding)
-    padded = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts)], device=cache.keys.device)
+    padded = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts)], device=cache.keys.device)
     generator = new_generator(model, seed)
 
     answers: list[list[int]] = [[] for _ in prompts]
@@ -143,7 +144,7 @@ def new_generator(model: Qwen3, seed: int | None) -> torch.Generator:
 
 
 def check_request(config: Qwen3Config, prompts: list[list[int]], max_new_tokens: int, temperature: float,
-                  top_k: int | None, top_p: float | None) -> None:
+                  top_k: int | None, top_p: float | None, seed: int | None) -> None:
     """ValueError for what `generate` could not do; cheap, so that it can be asked before a model is loaded."""
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 0 or more")
@@ -153,6 +154,8 @@ def check_request(config: Qwen3Config, prompts: list[list[int]], max_new_tokens:
         raise ValueError(f"top_k is {top_k}, expected 1 or more (or 0 for no limit)")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}, expected more than 0 and at most 1")
+    if seed is not None and not -2**63 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}, expected a number of 64 bits")
     for prompt in prompts:
         if not prompt:
             raise ValueError("a prompt is empty; the model needs at least one token to go on from")

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import chain, dropwhile, islice, takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 
 if __name__ == "__main__":  # importing torch takes seconds, and Ctrl-C should leave quietly then too
@@ -21,9 +21,11 @@ import torch
 
 from qwen3.config import DTYPES, Qwen3Config
 from qwen3.generate import check_request, generate, new_cache
+from qwen3.layers import KVCache
 from qwen3.model import Qwen3
-from qwen3.tokenizer import END_THINK, IM_END, THINK, Tokenizer
-from qwen3.weights import CheckpointFiles, bytes_in_memory, compute_dtype, find_device, free_memory, load_model
+from qwen3.tokenizer import END_THINK, IM_END, THINK, Tokenizer, dropping_newlines
+from qwen3.weights import (CheckpointFiles, bytes_per_token, check_memory, compute_dtype, find_device, gigabytes,
+                           load_model)
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 DEFAULT, EMBEDDED, DOWNLOAD = "Qwen3-0.6B", "Qwen3-Tiny", "bash scripts/download_qwen3.sh"
@@ -75,7 +77,7 @@ def find_checkpoint(name: str | None) -> Path:
     if name is not None:
         for folder in (Path(name), CHECKPOINTS / name):
             if folder.is_dir():
-                return folder
+                return folder.resolve()
         there = ", ".join(sorted(path.parent.name for path in CHECKPOINTS.glob("*/config.json"))) or "none"
         raise FileNotFoundError(f"{name}: neither a folder nor a checkpoint (there: {there}); get a published one "
                                 f"with `{DOWNLOAD} NAME`, `{DOWNLOAD} --list` names them")
@@ -84,10 +86,6 @@ def find_checkpoint(name: str | None) -> Path:
     note(f"{DEFAULT} is not downloaded (`{DOWNLOAD}` gets it): using {EMBEDDED}, which knows only the words of this "
          "repository and sums")
     return CHECKPOINTS / EMBEDDED
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 class Conversation:
@@ -124,7 +122,7 @@ class Conversation:
         system = [{"role": "system", "content": self.system}] if self.system else []
         base = self.tokenizer.thinking is None
         ids = self.tokenizer.encode(messages[-1]["content"]) if base else self.tokenizer.chat(system + messages, self.thinking)
-        check_request(self.config, [ids], self.new_tokens(ids), **self.sampling)
+        check_request(self.config, [ids], self.new_tokens(ids), **self.sampling, seed=self.arguments.seed)
         return ids
 
     def new_tokens(self, prompt_ids: list[int]) -> int:
@@ -139,26 +137,21 @@ class Conversation:
         if device.type == "mps" and self.config.weight_block_size and dtype is None:
             dtype = "bfloat16"  # Apple's GPUs have no FP8
         compute = compute_dtype(self.config, CheckpointFiles(self.folder), dtype)
-        weights = bytes_in_memory(self.folder, dtype)
-        per_token = 2 * self.config.num_hidden_layers * self.config.num_key_value_heads * self.config.head_dim * compute.itemsize
-        free = free_memory(device)
-        if free is not None and weights + tokens * per_token > free:
-            raise ValueError(f"{self.folder.name} needs {gigabytes(weights)} for weights and {gigabytes(tokens * per_token)} "
-                             f"for the cache of {tokens:,} tokens, but {device} has {gigabytes(free)} free; choose a "
-                             "smaller checkpoint, another device or a smaller -n")
+        per_token = KVCache.bytes_per_token(self.config, compute)
+        size = check_memory(self.folder, device, dtype, tokens, tokens * per_token)
         kept = "FP8" if self.config.weight_block_size and dtype is None else str(compute).removeprefix("torch.")
         why = "" if self.arguments.device or device.type != "cpu" else " (no GPU found)"
-        note(f"{self.folder.name}: {gigabytes(weights)} of weights in {kept} on {device}{why}, "
+        note(f"{self.folder.name}: {size} of weights in {kept} on {device}{why}, "
              f"{per_token / 1e3:.1f} kB of cache per token")
         self.model = load_model(self.folder, device, dtype, lambda done, total: progress("loading tensor", done, total))
 
-    def answer(self, messages: list[dict[str, str]]) -> str:
+    def answer(self, prompt_ids: list[int]) -> str:
         """Stream the answer to a conversation; return it, without what was thought."""
-        prompt_ids = self.prompt_ids(messages)
         if self.cache is None:
             self.cache = new_cache(self.model, len(prompt_ids))
         # The rendered history changes behind the last question, since earlier thoughts are left out; what is
         # the same up to there need not be computed again. One token must be, to have logits.
+        self.cached_ids = self.cached_ids[:self.cache.length]  # Ctrl-C may have come between the two
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.cached_ids, prompt_ids)))
         self.cache.truncate(min(common, len(prompt_ids) - 1))
         speed = Speed(self.model, len(prompt_ids) - self.cache.length)
@@ -195,21 +188,12 @@ class Conversation:
         return answer
 
 
-def dropping_newlines(pieces: Iterator[str]) -> Iterator[str]:
-    """The same without the newlines at the beginning, which are the chat format's."""
-    pieces = dropwhile(lambda piece: not piece.strip("\n"), pieces)
-    return chain((piece.lstrip("\n") for piece in islice(pieces, 1)), pieces)
-
-
 class Speed:
     """Counts tokens and takes the time, of the prompt and of the answer apart."""
 
     def __init__(self, model: Qwen3, prompt_tokens: int):
         self.prompt_tokens, self.ids, self.times = prompt_tokens, [], [time.perf_counter()]
-        weights = {id(p): p.numel() * p.element_size() for p in model.parameters()}
-        if model.lm_head is not None:  # then only a row of the embedding is read per token
-            weights.pop(id(model.model.embed_tokens.weight))
-        self.bytes_per_token = sum(weights.values())
+        self.bytes_per_token = bytes_per_token(model)
 
     def watch(self, ids: Iterator[int]) -> Iterator[int]:
         for token in ids:
@@ -255,43 +239,52 @@ def chat(conversation: Conversation) -> None:
         elif line:
             messages.append({"role": "user", "content": line})
             try:
-                messages.append({"role": "assistant", "content": conversation.answer(messages)})
+                prompt_ids = conversation.prompt_ids(messages)
             except ValueError as error:  # the conversation has outgrown the context
                 note(f"qwen3: {error}; /clear starts a new conversation")
                 messages.pop()
+                continue
+            try:
+                messages.append({"role": "assistant", "content": conversation.answer(prompt_ids)})
             except KeyboardInterrupt:
                 note("\nstopped; the question is forgotten")
                 messages.pop()
 
 
 def run(arguments: argparse.Namespace) -> None:
-    conversation = Conversation(arguments)
-    messages = [{"role": "user", "content": DEFAULT_PROMPT if arguments.prompt is None else arguments.prompt}]
     if arguments.chat and arguments.prompt is not None:
         raise ValueError("--chat asks for its questions itself; leave out -p")
-    prompt_ids = conversation.prompt_ids(messages)
+    conversation = Conversation(arguments)
+    question = DEFAULT_PROMPT if arguments.prompt is None else arguments.prompt
+    prompt_ids = conversation.prompt_ids([{"role": "user", "content": question}])
     conversation.load(len(prompt_ids) + conversation.new_tokens(prompt_ids))
     if arguments.chat:
-        return chat(conversation)
-    if arguments.prompt is None:
-        note(f'asking "{DEFAULT_PROMPT}"; ask your own with -p, or converse with --chat')
-    conversation.answer(messages)
+        chat(conversation)
+    else:
+        if arguments.prompt is None:
+            note(f'asking "{DEFAULT_PROMPT}"; ask your own with -p, or converse with --chat')
+        conversation.answer(prompt_ids)
 
 
 def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows "?"
     try:
         run(parse_arguments(arguments))
         return 0
-    except (ValueError, FileNotFoundError, torch.OutOfMemoryError) as error:
+    except BrokenPipeError:  # whoever reads the answer has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         note(f"qwen3: {error}")
         return 2
     except KeyboardInterrupt:
         note("")
         return 130
-    except BrokenPipeError:  # whoever reads the answer has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 if __name__ == "__main__":

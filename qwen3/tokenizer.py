@@ -18,6 +18,7 @@ ones differ in the line that opens the answer, and it is enough to recognise whi
 
 import codecs
 from collections.abc import Iterable, Iterator
+from itertools import chain, dropwhile, islice
 from pathlib import Path
 
 import tokenizers
@@ -64,7 +65,7 @@ class Tokenizer:
             im_end = tokenizer.token_to_id(IM_END)
             thinking = None if im_end is None or (stops and im_end not in stops) else read_chat_format(directory)
             return cls(tokenizer, thinking)
-        except (ValueError, FileNotFoundError):
+        except (ValueError, OSError):
             raise
         except KeyError as error:
             raise ValueError(f"{path}: not a byte-level vocabulary, it contains {error}") from None
@@ -73,6 +74,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Plain text -> ids. Adds nothing; control tokens spelled in the text stay text."""
+        # Bytes of a command line that are no UTF-8 come from Python as surrogates, which are no text.
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         return self.text.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -103,7 +106,8 @@ class Tokenizer:
         if self.thinking is None:
             raise ValueError("this is a Base checkpoint: it continues plain text and has learned no conversation")
         parts: list[str] = []
-        users = [i for i, message in enumerate(messages) if check_message(message) == "user"]
+        users = [i for i, message in enumerate(messages) if check_message(message) == "user"
+                 and not (message["content"].startswith("<tool_response>") and message["content"].endswith("</tool_response>"))]
         for i, message in enumerate(messages):
             content = message["content"]
             parts += [Control(IM_START), message["role"] + "\n"]
@@ -136,6 +140,12 @@ class Tokenizer:
         return ids + self.encode(text)
 
 
+def dropping_newlines(pieces: Iterator[str]) -> Iterator[str]:
+    """The same without the newlines at the beginning, which are the chat format's."""
+    pieces = dropwhile(lambda piece: not piece.strip("\n"), pieces)
+    return chain((piece.lstrip("\n") for piece in islice(pieces, 1)), pieces)
+
+
 def check_message(message: dict[str, str]) -> str:
     """The role, if the message is one that can be written down."""
     role = message.get("role")
@@ -149,7 +159,7 @@ def check_message(message: dict[str, str]) -> str:
 def split_reasoning(message: dict[str, str]) -> tuple[str, str]:
     """(reasoning, answer) of an assistant's message, with the published template's trimming of newlines."""
     content, reasoning = message["content"], message.get("reasoning_content")
-    if reasoning is not None:
+    if isinstance(reasoning, str):
         return reasoning, content
     if END_THINK not in content:
         return "", content
@@ -161,7 +171,7 @@ def read_chat_format(directory: Path) -> str:
     """Which of the published formats the checkpoint's template is: "switch", "always" or "never"."""
     path = directory / "chat_template.jinja"
     if path.is_file():
-        template = path.read_text(encoding="utf-8")
+        template = path.read_text(encoding="utf-8", errors="replace")
     else:
         path = directory / "tokenizer_config.json"
         template = read_json(path).get("chat_template")
@@ -172,7 +182,7 @@ def read_chat_format(directory: Path) -> str:
         return "switch"
     if IM_START in opening and END_THINK not in opening:
         return "always" if THINK in opening else "never"
-    raise ValueError(f"{path}: the chat template is none of the three that Qwen3 has been published with")
+    raise ValueError(f"{path}: the chat template is none of the three that are known here")
 
 
 def byte_alphabet() -> str:

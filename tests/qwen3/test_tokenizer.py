@@ -106,7 +106,7 @@ def test_the_three_variants_are_told_apart_and_a_base_checkpoint_too(real, tmp_p
     plain = variant(tmp_path, never)
     assert plain.decode(plain.chat([U, THOUGHT])) == (
         "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n<think>\nR\n</think>\n\nA<|im_end|>\n" + HEADER)
-    base = variant(tmp_path, None, eos=[151643])
+    base = variant(tmp_path, None, eos=[1019])
     assert base.thinking is None
     with pytest.raises(ValueError, match="Base checkpoint"):
         base.chat([U])
