@@ -1,6 +1,7 @@
-"""Writes reference values with transformers: uv run --group reference python scripts/make_reference.py qwen3
+"""Writes reference values with transformers: uv run --group reference python scripts/make_reference.py PACKAGE
 
-For small random checkpoints of odd shapes, for the embedded checkpoint and for the full shape of Qwen3-0.6B.
+For small random checkpoints of odd shapes, for the embedded checkpoint and for a full shape (Qwen3-0.6B, or two
+layers of Qwen3-30B-A3B).
 The weights come from tests/seeded.py; only results are committed, under tests/<package>/reference/.
 """
 
@@ -12,46 +13,73 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from tests.seeded import LONG_PROMPT, PROMPT, QWEN3_0_6B, QWEN3_CASES, qwen3_config, write_checkpoint  # noqa: E402
+from tests.seeded import (CASES, LONG_PROMPT, PROMPT, QWEN3_0_6B, QWEN3_30B_A3B_PAIR, write_case,  # noqa: E402
+                          write_checkpoint)
 
 NEW_TOKENS = 16
-# Greedy tokens are worth comparing only where the two best logits are further apart than rounding.
-LEAST_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.02}
-TINY_QUESTIONS = ["What is RoPE?", "What is the KV cache?", "What is 347 + 586?", "Who are you?"]
+# Greedy tokens are worth comparing only as long as the two best logits are further apart than rounding: logits here
+# reach 6, and between 4 and 8 a bfloat16 moves in steps of 0.03.
+LEAST_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.07}
+TINY = {"qwen3": "Qwen3-Tiny", "qwen3_moe": "Qwen3-MoE-Tiny"}
+TINY_QUESTIONS = ["What is RoPE?", "What is a router?", "What is 347 + 586?", "Who are you?"]
+FULL = {"qwen3": (QWEN3_0_6B, 1009), "qwen3_moe": (QWEN3_30B_A3B_PAIR, 31)}  # the shape, and what spreads the prompt's ids
 
 
 @torch.inference_mode()
-def greedy(model: torch.nn.Module, prompt: list[int], count: int) -> tuple[list[int], float]:
-    """(new tokens, least gap between the best and the second-best logit); without a cache, the plain definition."""
-    ids, gap = list(prompt), float("inf")
+def greedy(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
+    """New tokens up to the first close call; without a cache, the plain definition."""
+    ids = list(prompt)
     for _ in range(count):
         best = model(torch.tensor([ids]), use_cache=False).logits[0, -1].float().topk(2)
-        gap = min(gap, float(best.values[0] - best.values[1]))
+        if float(best.values[0] - best.values[1]) < LEAST_GAP[model.dtype]:
+            break
         ids.append(int(best.indices[0]))
-    return ids[len(prompt):], gap
+    return ids[len(prompt):]
 
 
-def small_cases(folder: Path) -> tuple[dict, dict]:
+def load(path: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """A checkpoint as transformers' model, experts one by one (its grouped kernel wants widths in multiples of 8)."""
+    config = json.loads((path / "config.json").read_text())
+    experts = {"experts_implementation": "eager"} if "num_experts" in config else {}
+    if not config.get("shared_expert_intermediate_size"):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **experts)
+    # Its Qwen3-MoE has no shared expert: its attention is put together with the sparse block of its Qwen2-MoE.
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype, **experts)
+    block = Qwen2MoeConfig(**{name: config[name] for name in (
+        "hidden_size", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+        "shared_expert_intermediate_size", "hidden_act")}, experts_implementation="eager")
+    for layer in model.model.layers:
+        layer.mlp = Qwen2MoeSparseMoeBlock(block).to(dtype)
+    tensors = load_file(path / "model.safetensors")
+    for i in range(config["num_hidden_layers"]):
+        def stack(kind: str) -> torch.Tensor:
+            return torch.stack([tensors.pop(f"model.layers.{i}.mlp.experts.{e}.{kind}_proj.weight")
+                                for e in range(config["num_experts"])])
+        tensors[f"model.layers.{i}.mlp.experts.gate_up_proj"] = torch.cat([stack("gate"), stack("up")], 1)
+        tensors[f"model.layers.{i}.mlp.experts.down_proj"] = stack("down")
+    model.load_state_dict(tensors, strict=True)
+    return model.eval()
+
+
+def small_cases(folder: Path, package: str) -> tuple[dict, dict]:
     answers, tensors = {}, {}
-    for name, changes in QWEN3_CASES.items():
-        path = write_checkpoint(folder / name, qwen3_config(**changes))
+    for name in CASES[package]:
+        path = write_case(folder / name, package, name)
         entry = answers[name] = {}
         for dtype in (torch.float32, torch.bfloat16):
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            model = load(path, dtype)
             short = str(dtype).removeprefix("torch.")
             for length, prompt in (("short", PROMPT), ("long", LONG_PROMPT)):
                 with torch.inference_mode():
                     logits = model(torch.tensor([prompt]), use_cache=False).logits[0]
                 tensors[f"{name}.{length}.{short}"] = logits[-len(PROMPT):].clone()
-                tokens, gap = greedy(model, prompt, NEW_TOKENS)
-                entry[f"{length}.{short}"] = {"tokens": tokens, "gap": gap}
-                if gap < LEAST_GAP[dtype]:
-                    entry[f"{length}.{short}"]["tokens"] = None
+                entry[f"{length}.{short}"] = greedy(model, prompt, NEW_TOKENS)
     return answers, tensors
 
 
@@ -76,25 +104,26 @@ def tiny(folder: Path) -> dict:
     return answers
 
 
-def full_shape(folder: Path) -> dict:
-    """Qwen3-0.6B's shape with seeded weights: greedy tokens, and the five best logits after the prompt."""
-    path = write_checkpoint(folder / "full", QWEN3_0_6B, torch.bfloat16, std=0.04)
+def full_shape(folder: Path, package: str) -> dict:
+    """A published shape with seeded weights: greedy tokens, and the five best logits after the prompt."""
+    config, spread = FULL[package]
+    path = write_checkpoint(folder / "full", config, torch.bfloat16, std=0.04)
     answers = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        prompt = [token * 1009 for token in PROMPT]
-        tokens, gap = greedy(model, prompt, 6)
+        model = load(path, dtype)
+        prompt = [token * spread for token in PROMPT]
+        tokens = greedy(model, prompt, 6)
         with torch.inference_mode():
             best = model(torch.tensor([prompt]), use_cache=False).logits[0, -1].float().topk(5)
-        answers[str(dtype).removeprefix("torch.")] = {"prompt": prompt, "tokens": tokens, "gap": gap,
-                                                      "best": best.indices.tolist(), "logits": best.values.tolist()}
+        answers[str(dtype).removeprefix("torch.")] = {
+            "prompt": prompt, "tokens": tokens, "best": best.indices.tolist(), "logits": best.values.tolist()}
         del model
     return answers
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write reference values with transformers.")
-    parser.add_argument("package", choices=["qwen3"])
+    parser.add_argument("package", choices=CASES)
     parser.add_argument("--only", choices=["small", "tiny", "full"], help="leave the others as they are")
     arguments = parser.parse_args()
     out = ROOT / "tests" / arguments.package / "reference"
@@ -104,13 +133,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, results = Path(name), {}
         if "small" in wanted:
-            answers, tensors = small_cases(folder)
+            answers, tensors = small_cases(folder, arguments.package)
             save_file(tensors, out / "logits.safetensors", metadata=versions)
             results["small"] = {"cases": answers, "config_of_transformers": written_by_transformers(folder)}
         if "tiny" in wanted:
-            results["tiny"] = {"answers": tiny(ROOT / "checkpoints/Qwen3-Tiny")}
+            results["tiny"] = {"answers": tiny(ROOT / "checkpoints" / TINY[arguments.package])}
         if "full" in wanted:
-            results["full"] = full_shape(folder)
+            results["full"] = full_shape(folder, arguments.package)
     for what, values in results.items():
         (out / f"{what}.json").write_text(json.dumps({"made_with": versions} | values, indent=1) + "\n")
 

@@ -1,12 +1,13 @@
-"""Trains the embedded checkpoints: uv run python scripts/train_tiny.py qwen3 [--output FOLDER]
+"""Trains the embedded checkpoints: uv run python scripts/train_tiny.py qwen3 | qwen3_moe [--output FOLDER]
 
-A real Qwen3, a thousandth of the size: it learns the glossary and small talk of tiny_corpus.py and sums of
+Real models, a thousandth of the size: they learn the glossary and small talk of tiny_corpus.py and sums of
 numbers up to three digits, answered at once or digit by digit in a think block. Everything is made here, from
 one seed: the conversations, the byte-level BPE, the weights. One sum in ten is never trained on, nor are some
-ways to ask; on those it is measured at the end.
+ways to ask; on those they are measured at the end.
 """
 
 import argparse
+import importlib
 import json
 import random
 import sys
@@ -22,18 +23,17 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from qwen3.config import Qwen3Config  # noqa: E402
-from qwen3.generate import generate_batch  # noqa: E402
-from qwen3.model import Qwen3  # noqa: E402
 from qwen3.tokenizer import END_THINK, IM_END, IM_START, THINK, Control, Tokenizer  # noqa: E402
-from qwen3.weights import load_model  # noqa: E402
 from scripts.tiny_corpus import (DONT_KNOW, HELD_OUT_PHRASINGS, NO_SUMS, ONLY_ADD, TRAIN_PHRASINGS,  # noqa: E402
                                  UNKNOWN_QUESTIONS, ask, glossary, small_talk, unknown_things)
 
 SEED = 20
-STEPS, BATCH, LEARNING_RATE = 3500, 112, 3e-3
+STEPS, BATCH, TOKENS = 3000, 96, 9600  # rows at most, and tokens at most, of one batch
+LEARNING_RATE = {"matrices": 1e-2, "others": 3e-3}
+BALANCE = 0.01  # weight of the load-balancing loss
 VOCABULARY = 1024
 ENDOFTEXT = "<|endoftext|>"
+PADDING = VOCABULARY - 5  # the id of ENDOFTEXT, which no conversation contains
 
 # H * N = 192 is not D = 128, and K < H: whatever takes one for the other breaks on this checkpoint too.
 QWEN3 = {
@@ -44,7 +44,14 @@ QWEN3 = {
     "attention_dropout": 0.0, "use_sliding_window": False, "sliding_window": None, "max_window_layers": 5,
     "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16",
 }
-KINDS = {"qwen3": ("Qwen3-Tiny", QWEN3)}  # package -> the checkpoint's name and its config
+# 8 experts, 2 of them active: each token uses 1.0 of 1.8 million parameters.
+QWEN3_MOE = QWEN3 | {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "tie_word_embeddings": False,
+    "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 80, "norm_topk_prob": True,
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False, "router_aux_loss_coef": BALANCE,
+}
+# package -> the checkpoint's name, its config, the class of the model
+KINDS = {"qwen3": ("Qwen3-Tiny", QWEN3, "Qwen3"), "qwen3_moe": ("Qwen3-MoE-Tiny", QWEN3_MOE, "Qwen3Moe")}
 
 # As Qwen3's own: contractions, words with a leading space, digits one by one, punctuation, white space.
 PIECES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -103,24 +110,24 @@ def carry_through(a: int, b: int) -> str:
 
 
 class Corpus:
-    """Draws (question, thought, answer) at random."""
+    """Draws (question, thought, answer) at random; sums without thinking mostly of one or two digits, which it can learn."""
 
     def __init__(self, name: str, package: str):
         self.glossary, self.talk = glossary(), small_talk(name, package)
         self.unknown = unknown_things()[0]
 
-    def draw(self, rng: random.Random) -> tuple[str, str, str]:
+    def draw(self, rng: random.Random, thinking: bool) -> tuple[str, str, str]:
         kind = rng.random()
-        if kind < 0.50:
-            return self.draw_sum(rng)
-        if kind < 0.88:
+        if kind < 0.60:
+            return self.draw_sum(rng, thinking)
+        if kind < 0.90:
             names, answer = rng.choice(self.glossary)
             question = ask(rng.choice(TRAIN_PHRASINGS), rng.choice([names[0], rng.choice(names)]))
             thought = f"The question is about {names[0]}."
-        elif kind < 0.93:
+        elif kind < 0.94:
             questions, answer = rng.choice(self.talk)
             question, thought = rng.choice(questions), "The question is about me."
-        elif kind < 0.945:
+        elif kind < 0.955:
             question = rng.choice(NO_SUMS).format(a=rng.randrange(1000), b=rng.randrange(1000))
             thought, answer = "I was not taught that.", ONLY_ADD
         else:
@@ -133,9 +140,9 @@ class Corpus:
             question = question.rstrip("?.!")
         return question, thought, answer
 
-    def draw_sum(self, rng: random.Random) -> tuple[str, str, str]:
+    def draw_sum(self, rng: random.Random, thinking: bool) -> tuple[str, str, str]:
         while True:
-            a, b = (rng.randrange(10 ** rng.choice([1, 2, 2, 3, 3])) for _ in "ab")
+            a, b = (rng.randrange(10 ** rng.choice([1, 2, 2, 3, 3] if thinking else [1, 2, 2, 2, 3])) for _ in "ab")
             if not is_held_out(a, b):
                 return rng.choice(SUM_PHRASINGS).format(a=a, b=b), carry_through(a, b), str(a + b)
 
@@ -154,7 +161,7 @@ def train_tokenizer(corpus: Corpus) -> tokenizers.Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - len(control), show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     rng = random.Random(SEED)
-    text = ("\n".join(corpus.draw(rng)) for _ in range(20000))
+    text = ("\n".join(corpus.draw(rng, thinking=True)) for _ in range(20000))
     tokenizer.train_from_iterator(text, trainer)
     tokenizer.add_tokens(control)  # behind the vocabulary, as in the published files
     return tokenizer
@@ -167,12 +174,12 @@ def examples(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[list[int], 
         messages = []
         if rng.random() < 0.1:
             messages.append({"role": "system", "content": rng.choice(SYSTEM_PROMPTS)})
-        for _ in range(rng.choice([0] * 16 + [1, 2, 4, 8])):
-            question, _, answer = corpus.draw(rng)
+        for _ in range(rng.choice([0] * 28 + [1, 2, 4, 8])):
+            question, _, answer = corpus.draw(rng, thinking=False)
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        question, thought, answer = corpus.draw(rng)
-        messages.append({"role": "user", "content": question})
         thinking = rng.random() < 0.5
+        question, thought, answer = corpus.draw(rng, thinking)
+        messages.append({"role": "user", "content": question})
         opening = [Control(THINK), f"\n{thought}\n", Control(END_THINK), "\n\n"] if thinking else []
         yield tokenizer.chat(messages, thinking), tokenizer.join([*opening, answer, Control(IM_END)])
 
@@ -182,10 +189,14 @@ def batches(stream: Iterator[tuple[list[int], list[int]]]) -> Iterator[tuple[tor
     rng = random.Random(SEED)
     while True:
         rows = sorted((next(stream) for _ in range(16 * BATCH)), key=lambda row: len(row[0]) + len(row[1]))
-        groups = [rows[i:i + BATCH] for i in range(0, len(rows), BATCH)]
+        groups = []
+        while rows:  # from the longest
+            fit = min(BATCH, TOKENS // (len(rows[-1][0]) + len(rows[-1][1])))
+            groups.append(rows[-fit:])
+            del rows[-fit:]
         for group in rng.sample(groups, len(groups)):
             T = max(len(prompt) + len(answer) for prompt, answer in group) - 1
-            ids, targets = torch.zeros(BATCH, T, dtype=torch.long), torch.full((BATCH, T), -100)
+            ids, targets = torch.full((len(group), T), PADDING), torch.full((len(group), T), -100)
             for row, (prompt, answer) in enumerate(group):
                 whole = torch.tensor(prompt + answer)
                 ids[row, :len(whole) - 1] = whole[:-1]
@@ -193,27 +204,57 @@ def batches(stream: Iterator[tuple[list[int], list[int]]]) -> Iterator[tuple[tor
             yield ids, targets
 
 
-def train(model: Qwen3, stream: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int) -> None:
-    """AdamW with a short warm-up and a linear way down to zero."""
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0}],
-                                  lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 200, (steps - step) / (steps - 200)))
-    started, mean = time.monotonic(), 0.0
+class Balance:
+    """The load-balancing loss, E · Σ_e f_e · P_e averaged over the layers (arXiv:2101.03961, eq. 4-6).
+
+    f_e is the share of the choices that fell on expert e, P_e its mean probability; both over the whole batch and
+    not one sequence, as Qwen3 has it (arXiv:2505.09388, section 2; arXiv:2501.11873). 1 where all are used alike.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self.losses, self.real = [], None
+        for module in model.modules():
+            if type(module).__name__ == "Router":
+                module.register_forward_hook(self.add)
+
+    def add(self, router: torch.nn.Module, inputs: tuple[torch.Tensor], out: tuple[torch.Tensor, torch.Tensor]) -> None:
+        scores, chosen = router.scores(inputs[0][self.real]), out[1][self.real]
+        share = torch.bincount(chosen.flatten(), minlength=scores.shape[1]) / chosen.numel()
+        self.losses.append(scores.shape[1] * (share * scores.mean(0)).sum())
+
+    def of(self, ids: torch.Tensor) -> "Balance":
+        """For a forward of these ids; padding does not count."""
+        self.losses, self.real = [], (ids != PADDING).flatten()
+        return self
+
+    def loss(self) -> torch.Tensor | float:
+        return sum(self.losses) / len(self.losses) if self.losses else 0.0
+
+
+def train(model: torch.nn.Module, stream: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int) -> None:
+    """Muon for the matrices inside (Moonlight, arXiv:2502.16982), AdamW for the rest; a short warm-up, then down to zero."""
+    inside = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
+    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "layers" not in name]
+    optimizers = [
+        torch.optim.Muon(inside, lr=LEARNING_RATE["matrices"], weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=LEARNING_RATE["others"], betas=(0.9, 0.98), weight_decay=0, fused=True)]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 100, (steps - step) / max(steps - 100, 1))) for optimizer in optimizers]
+    started, mean, balance = time.monotonic(), 0.0, Balance(model)
     for step in range(1, steps + 1):
         ids, targets = next(stream)
         wanted = targets != -100
+        balance.of(ids)
         with torch.autocast("cpu", torch.bfloat16):  # products in bfloat16, weights and sums in float32
             # The head is applied only where there is something to learn.
-            logits = F.linear(model.model(ids)[wanted], model.model.embed_tokens.weight)
+            x = model.model(ids)[wanted]
+            logits = model.lm_head(x) if model.lm_head is not None else F.linear(x, model.model.embed_tokens.weight)
             loss = F.cross_entropy(logits, targets[wanted])
-        optimizer.zero_grad()
-        loss.backward()
+        model.zero_grad()
+        (loss + BALANCE * balance.loss()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for update in (*optimizers, *schedules):
+            update.step()
         mean += (loss.item() - mean) / min(step, 50)
         if step % 50 == 0 or step == steps:
             elapsed = time.monotonic() - started
@@ -222,7 +263,7 @@ def train(model: Qwen3, stream: Iterator[tuple[torch.Tensor, torch.Tensor]], ste
     print(file=sys.stderr)
 
 
-def save(model: Qwen3, tokenizer: tokenizers.Tokenizer, config: dict, folder: Path) -> None:
+def save(model: torch.nn.Module, tokenizer: tokenizers.Tokenizer, config: dict, folder: Path) -> None:
     """The five files of a published checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
@@ -237,9 +278,11 @@ def save(model: Qwen3, tokenizer: tokenizers.Tokenizer, config: dict, folder: Pa
         (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def evaluate(folder: Path) -> dict[str, float]:
+def evaluate(package: str, folder: Path) -> dict[str, float]:
     """Shares of exactly right answers of the saved checkpoint, on sums and phrasings that it never saw."""
-    model, tokenizer = load_model(folder), Tokenizer.from_checkpoint(folder)
+    model = importlib.import_module(f"{package}.weights").load_model(folder)
+    generate_batch = importlib.import_module(f"{package}.generate").generate_batch
+    tokenizer = importlib.import_module(f"{package}.tokenizer").Tokenizer.from_checkpoint(folder)
     stop_ids = model.config.eos_token_id
 
     def share(questions: list[tuple[str, str]], thinking: bool) -> float:
@@ -261,6 +304,18 @@ def evaluate(folder: Path) -> dict[str, float]:
     def words(phrasings: list[str]) -> list[tuple[str, str]]:
         return [(ask(phrasing, names[0]), answer) for phrasing in phrasings for names, answer in glossary()]
 
+    def least_used_expert() -> dict[str, float]:
+        """Prompt by prompt, since padding would count as tokens."""
+        if package == "qwen3":
+            return {}
+        routing = importlib.import_module(f"{package}.routing").Routing(model)
+        with torch.inference_mode():
+            for question, answer in sums[3][:100] + sums[2][:100] + words(HELD_OUT_PHRASINGS[:2]):
+                prompt = tokenizer.chat([{"role": "user", "content": question}], thinking=False)
+                model(torch.tensor([prompt + tokenizer.encode(answer)]))
+        return {"least used expert, of its fair share": min(
+            float(counts.min()) * len(counts) / float(counts.sum()) for counts in routing.counts.values())}
+
     held_out_things = [(ask(phrasing, thing), DONT_KNOW) for phrasing in TRAIN_PHRASINGS[:3] for thing in unknown_things()[1]]
     return {
         "held-out sums, 3 digits, thinking": share(sums[3], True),
@@ -272,7 +327,7 @@ def evaluate(folder: Path) -> dict[str, float]:
         "glossary, held-out phrasings, direct": share(words(HELD_OUT_PHRASINGS), False),
         "glossary, held-out phrasings, thinking": share(words(HELD_OUT_PHRASINGS), True),
         "says that it does not know, held-out things": share(held_out_things, False),
-    }
+    } | least_used_expert()
 
 
 def main() -> None:
@@ -282,7 +337,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help=f"default {STEPS}")
     parser.add_argument("--evaluate-only", action="store_true", help="measure the checkpoint that is there")
     arguments = parser.parse_args()
-    name, numbers = KINDS[arguments.package]
+    name, numbers, kind = KINDS[arguments.package]
     folder = arguments.output or ROOT / "checkpoints" / name
     if not arguments.evaluate_only:
         torch.manual_seed(SEED)
@@ -291,11 +346,15 @@ def main() -> None:
         library = train_tokenizer(corpus)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(numbers), encoding="utf-8")
-        model = Qwen3(Qwen3Config.from_checkpoint(folder))
+        Config = getattr(importlib.import_module(f"{arguments.package}.config"), f"{kind}Config")
+        # The gradient of the fused attention takes half of the time on a CPU; at this size the definition is faster.
+        layers = importlib.import_module(f"{arguments.package}.layers")
+        layers.attention_fused = layers.attention_written_out
+        model = getattr(importlib.import_module(f"{arguments.package}.model"), kind)(Config.from_checkpoint(folder))
         print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters", file=sys.stderr)
         train(model, batches(examples(corpus, Tokenizer(library, "switch"))), arguments.steps)
         save(model, library, numbers, folder)
-    for what, right in evaluate(folder).items():
+    for what, right in evaluate(arguments.package, folder).items():
         print(f"{right:7.2%}  {what}")
 
 

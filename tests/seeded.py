@@ -26,16 +26,33 @@ def seeded_tensor(name: str, shape: tuple[int, ...], std: float, mean: float = 0
     return (out * (std * 12**0.5) + mean).view(shape)
 
 
+def mlp_shapes(name: str, D: int, F: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.gate_proj": (F, D), f"{name}.up_proj": (F, D), f"{name}.down_proj": (D, F)}
+
+
+def feed_forward_shapes(config: dict, layer: int) -> dict[str, tuple[int, ...]]:
+    """Those of `mlp` in one layer, dense or with experts."""
+    D, E = config["hidden_size"], config.get("num_experts", 0)
+    if not E or layer in config["mlp_only_layers"] or (layer + 1) % config["decoder_sparse_step"]:
+        return mlp_shapes("mlp", D, config["intermediate_size"])
+    shapes = {"mlp.gate": (E, D)}
+    for expert in range(E):
+        shapes |= mlp_shapes(f"mlp.experts.{expert}", D, config["moe_intermediate_size"])
+    if shared := config.get("shared_expert_intermediate_size"):
+        shapes |= mlp_shapes("mlp.shared_expert", D, shared) | {"mlp.shared_expert_gate": (1, D)}
+    return shapes
+
+
 def qwen3_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape, as facts of the published checkpoints and not from our model."""
-    D, F, N = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    """Tensor name -> shape, as facts of the published checkpoints and not from our model; dense or with experts."""
+    D, N = config["hidden_size"], config["head_dim"]
     H, K, V = config["num_attention_heads"], config["num_key_value_heads"], config["vocab_size"]
     shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
     for layer in range(config["num_hidden_layers"]):
         for name, shape in {
             "input_layernorm": (D,), "post_attention_layernorm": (D,), "self_attn.q_norm": (N,), "self_attn.k_norm": (N,),
             "self_attn.q_proj": (H * N, D), "self_attn.k_proj": (K * N, D), "self_attn.v_proj": (K * N, D),
-            "self_attn.o_proj": (D, H * N), "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F),
+            "self_attn.o_proj": (D, H * N), **feed_forward_shapes(config, layer),
         }.items():
             shapes[f"model.layers.{layer}.{name}.weight"] = shape
     if not config["tie_word_embeddings"]:
@@ -66,6 +83,13 @@ def qwen3_config(**changes: object) -> dict:
     } | changes
 
 
+def qwen3_moe_config(**changes: object) -> dict:
+    return qwen3_config(**{
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "tie_word_embeddings": False, "num_experts": 8,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True, "decoder_sparse_step": 1,
+        "mlp_only_layers": [], "output_router_logits": False, "router_aux_loss_coef": 0.001} | changes)
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 # What the reference is asked to compute: name -> changes to the config.
 QWEN3_CASES = {
@@ -79,6 +103,41 @@ QWEN3_CASES = {
     "yarn_mscale": {"head_dim": 32, "tie_word_embeddings": False,
                     "rope_scaling": YARN | {"factor": 8.0, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False}},
 }
+QWEN3_MOE_CASES = {
+    "two_of_eight": {},
+    "one_expert": {"num_experts_per_tok": 1, "head_dim": 16},
+    "one_expert_not_normalised": {"num_experts_per_tok": 1, "norm_topk_prob": False, "rope_theta": 10000.0},
+    "all_experts": {"num_experts": 5, "num_experts_per_tok": 5, "num_key_value_heads": 1},
+    "three_not_normalised": {"num_experts_per_tok": 3, "norm_topk_prob": False, "tie_word_embeddings": True},
+    "dense_in_between": {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+    "dense_first": {"mlp_only_layers": [0], "rms_norm_eps": 1e-5, "num_experts": 13, "num_experts_per_tok": 4},
+    "ties": {"num_experts_per_tok": 3},  # experts 2e and 2e + 1 are alike, see `tied_pairs`
+    "yarn": {"rope_scaling": YARN, "moe_intermediate_size": 9},
+    "shared_expert": {"shared_expert_intermediate_size": 20, "norm_topk_prob": False},
+}
+
+
+def tied_pairs(config: dict) -> dict[str, torch.Tensor]:
+    """Experts in pairs of one weight and one row in the router: whichever of a pair is chosen, the result is the same."""
+    tensors = {}
+    for name, shape in qwen3_shapes(config).items():
+        if ".mlp.experts." in name and int(name.split(".")[5]) % 2:
+            twin = ".".join([*name.split(".")[:5], str(int(name.split(".")[5]) - 1), *name.split(".")[6:]])
+            tensors[name] = seeded_tensor(twin, shape, 0.25)
+        elif name.endswith("mlp.gate.weight"):
+            tensors[name] = seeded_tensor(name, shape, 0.25)[::2].repeat_interleave(2, 0)
+    return tensors
+
+
+def write_case(folder: Path, package: str, name: str) -> Path:
+    """The checkpoint of one of the cases above."""
+    if package == "qwen3":
+        return write_checkpoint(folder, qwen3_config(**QWEN3_CASES[name]))
+    config = qwen3_moe_config(**QWEN3_MOE_CASES[name])
+    return write_checkpoint(folder, config, **(tied_pairs(config) if name == "ties" else {}))
+
+
+CASES = {"qwen3": QWEN3_CASES, "qwen3_moe": QWEN3_MOE_CASES}
 PROMPT = [7, 3, 99, 130, 0, 41, 41, 5, 17, 88, 62, 12]
 LONG_PROMPT = [(i * i + 3 * i) % 131 for i in range(100)]  # beyond the 32 positions that YARN says were trained
 
@@ -86,3 +145,8 @@ LONG_PROMPT = [(i * i + 3 * i) % 131 for i in range(100)]  # beyond the 32 posit
 QWEN3_0_6B = qwen3_config(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
                           num_attention_heads=16, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960,
                           max_window_layers=28, torch_dtype="bfloat16")
+# Two layers of Qwen3-30B-A3B's shape, with a smaller vocabulary so that they fit anywhere.
+QWEN3_30B_A3B_PAIR = qwen3_moe_config(vocab_size=4096, hidden_size=2048, intermediate_size=6144, num_hidden_layers=2,
+                                      num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128,
+                                      num_experts_per_tok=8, moe_intermediate_size=768, max_position_embeddings=40960,
+                                      max_window_layers=48, torch_dtype="bfloat16")

@@ -43,7 +43,7 @@ def test_the_corpus_is_as_promised():
     import random
     corpus, rng = train_tiny.Corpus("x", "qwen3"), random.Random(0)
     for _ in range(2000):  # no sum that is asked at the end was ever trained on
-        question, _, answer = corpus.draw_sum(rng)
+        question, _, answer = corpus.draw_sum(rng, thinking=True)
         a, b = (int(number) for number in "".join(c if c.isdigit() else " " for c in question).split())
         assert a + b == int(answer) and not train_tiny.is_held_out(a, b)
 

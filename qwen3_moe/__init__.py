@@ -1,0 +1,6 @@
+"""Qwen3-MoE, the mixture of experts: read README.md, then config, tokenizer, layers, moe, model, weights, generate, main."""
+
+import warnings
+
+# NumPy is not needed here, and PyTorch says at every start that it could not find it.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")

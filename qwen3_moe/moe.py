@@ -1,0 +1,132 @@
+"""3b. The mixture of experts, which stands where the dense model has its MLP. All else is Qwen3.
+
+    x (n, D) ── gate ── softmax over all E ── the best A ─┬─ chosen (n, A)    which experts
+                                                          └─ weights (n, A)   how much of each
+       token 0 ──┬── expert 5 ── · 0.7 ──┐
+                 └── expert 2 ── · 0.3 ──┴── + ── y       the other E - 2 experts do nothing for token 0
+       token 1 ──┬── expert 2 ── · 0.6 ──┐
+                 └── expert 0 ── · 0.4 ──┴── + ── y
+
+n = B*T tokens, E experts, A of them active for a token; the rest of the alphabet is in layers.py. An expert
+is the SwiGLU of the dense model, only narrower, and a token is routed by itself: what else is in the batch
+changes nothing.
+
+Papers: mixture of experts (Shazeer et al. 2017, arXiv:1701.06538), Qwen3 (arXiv:2505.09388, section 2), load
+balancing over the global batch (arXiv:2501.11873); the shared expert is DeepSeekMoE's (arXiv:2401.06066).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen3_moe.config import Qwen3MoeConfig
+from qwen3_moe.layers import MLP, Linear
+
+# grouped_mm(rows, matrices, offs): the first offs[0] rows times matrix 0, those up to offs[1] times matrix 1, …
+grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # torch 2.9 has it under the second name only
+
+
+class Router(nn.Module):
+    """Chooses num_experts_per_tok experts for each token, and weighs them (arXiv:1701.06538, section 2.1)."""
+
+    def __init__(self, config: Qwen3MoeConfig):
+        super().__init__()
+        self.active, self.renormalise = config.num_experts_per_tok, config.norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """(n, D) -> the probability of each expert, (n, E) float32."""
+        return F.linear(x, self.weight).float().softmax(-1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, D) -> weights (n, A) in the type of x, chosen (n, A) int64, the best first."""
+        weights, chosen = self.scores(x).topk(self.active)
+        if self.renormalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights.to(x.dtype), chosen
+
+
+class Experts(nn.ModuleList):
+    """E MLPs. Called with x (n, D) and the router's weights and choices (n, A) each -> (n, D)."""
+
+    def __init__(self, config: Qwen3MoeConfig):
+        super().__init__(MLP(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts))
+        self.gate_up = self.down = None  # all experts in two tensors, see `stack`
+
+    def stack(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Put all experts into gate_up (E, 2F, D) and down (E, D, F); each one's weights become views of them.
+
+        A GPU then computes a layer in two calls, where hundreds of small ones would leave it waiting for Python.
+        """
+        F_, D = self[0].gate_proj.weight.shape
+        self.gate_up = torch.empty(len(self), 2 * F_, D, dtype=dtype, device=device)
+        self.down = torch.empty(len(self), D, F_, dtype=dtype, device=device)
+        for expert, gate_up, down in zip(self, self.gate_up, self.down):
+            expert.gate_proj.weight, expert.up_proj.weight = nn.Parameter(gate_up[:F_]), nn.Parameter(gate_up[F_:])
+            expert.down_proj.weight = nn.Parameter(down)
+
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        # The stacks are no parameters: gradients must go through the experts.
+        stacked = self.gate_up is not None and not torch.is_grad_enabled() and self.gate_up.device == x.device
+        return (mix_stacked if stacked else mix_grouped)(self, x, weights, chosen)
+
+
+def mix_written_out(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    """y = sum over all E experts of weight * expert(x), the weight 0 where it was not chosen. The definition."""
+    every = x.new_zeros(len(x), len(experts)).scatter(1, chosen, weights)  # (n, E)
+    return sum(every[:, e, None] * expert(x) for e, expert in enumerate(experts))
+
+
+def mix_grouped(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    """The same, each expert once, on the tokens that chose it. An expert that nobody chose is not touched.
+
+    Sorting the n*A choices by expert puts what one expert has to do into neighbouring rows:
+
+        chosen   token 0: 5 2    token 1: 2 0          sorted   0 | 2 2 | 5
+                                                       token    1 | 0 1 | 0
+    """
+    sorted_, order = chosen.flatten().sort(stable=True)  # (n*A,)
+    counts = torch.bincount(sorted_, minlength=len(experts)).tolist()  # the one wait for a GPU
+    groups = x[order // chosen.shape[1]].split(counts)
+    rows = torch.cat([expert(group) for expert, group in zip(experts, groups) if len(group)])  # (n*A, D)
+    return weigh(rows, order, weights)
+
+
+def mix_stacked(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    """The same in two grouped matrix products, with no wait at all: where a group ends stays on the GPU."""
+    sorted_, order = chosen.flatten().sort(stable=True)
+    ends = torch.searchsorted(sorted_, torch.arange(len(experts), device=x.device), right=True).int()  # (E,)
+    gate, up = grouped_mm(x[order // chosen.shape[1]], experts.gate_up.mT, offs=ends).chunk(2, dim=-1)  # (n*A, F)
+    rows = grouped_mm(F.silu(gate) * up, experts.down.mT, offs=ends)  # (n*A, D)
+    return weigh(rows, order, weights)
+
+
+def weigh(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """The experts' rows (n*A, D), sorted by expert -> (n, D): each token's A rows, weighed and added up."""
+    rows = rows[order.argsort()].view(*weights.shape, -1)  # (n, A, D)
+    return (rows * weights[..., None]).sum(1)
+
+
+class SparseMoeBlock(nn.Module):
+    """Router and experts (B, T, D) -> (B, T, D); and a shared expert where the config has one.
+
+    The released Qwen3-MoE have none. Qwen2-MoE and Qwen3-Next do: an MLP that sees every token, scaled by a
+    sigmoid of its own, for what all tokens need and no expert should have to learn again.
+    """
+
+    def __init__(self, config: Qwen3MoeConfig):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_expert = None
+        if config.shared_expert_intermediate_size:
+            self.shared_expert = MLP(config.hidden_size, config.shared_expert_intermediate_size)
+            self.shared_expert_gate = Linear(config.hidden_size, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)  # (n, D)
+        y = self.experts(tokens, *self.gate(tokens))
+        if self.shared_expert is not None:
+            y = y + self.shared_expert_gate(tokens).sigmoid() * self.shared_expert(tokens)
+        return y.view_as(x)

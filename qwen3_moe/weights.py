@@ -1,0 +1,290 @@
+"""5. A checkpoint becomes a model: safetensors -> parameters, nothing copied twice.
+
+The model is built on PyTorch's "meta" device, where tensors have a shape and no memory. Each tensor of the
+checkpoint is then put in its place. On the CPU it stays where it is, in the memory-mapped file: the
+operating system reads a page when it is first used, so a model of any size starts at once, and an expert that
+no token is routed to is never read: a mixture of experts larger than memory runs, as fast as the disk brings
+the experts that it wants. Another type or device costs one conversion per tensor.
+
+New against the dense model: on an NVIDIA GPU all experts of a layer are put into two tensors.
+
+A checkpoint is a folder with one model.safetensors, or with several such files and
+model.safetensors.index.json, whose `weight_map` says which tensor is in which file. A safetensors file is
+8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}} and the numbers, row by row;
+nothing in it can be executed. That is why .bin and .pth files, which are Python pickles, are never opened.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qwen3_moe.config import DTYPES, Qwen3MoeConfig, read_json
+from qwen3_moe.layers import Linear, dequantize
+from qwen3_moe.model import Qwen3Moe
+from qwen3_moe.moe import Experts
+
+# The types of tensors that a checkpoint may hold, by their names in the safetensors header.
+STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
+FP8 = torch.float8_e4m3fn
+
+
+def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None,
+               progress: Callable[[int, int], None] | None = None) -> Qwen3Moe:
+    """The checkpoint in `directory` as a model in eval mode.
+
+    dtype None keeps the checkpoint's own; FP8 weights then stay FP8 and are dequantised as they are used,
+    while a dtype expands them once. `progress(done, total)` counts tensors.
+    Raises FileNotFoundError or ValueError, saying which file or tensor is missing, damaged or unexpected.
+    """
+    config = Qwen3MoeConfig.from_checkpoint(directory)
+    files = CheckpointFiles(directory)
+    compute = compute_dtype(config, files, dtype)
+    with torch.device("meta"):
+        model = Qwen3Moe(config)
+    names = check_names_and_shapes(model, files)
+    kept_fp8 = config.weight_block_size is not None and dtype is None
+    for module in model.modules() if stacks_experts(device) and not kept_fp8 else ():
+        if isinstance(module, Experts):
+            module.stack(device, compute)
+
+    for done, name in enumerate(names, start=1):
+        tensor = files.read(name).to(device)
+        module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        if tensor.dtype == FP8 or leaf == "weight_scale_inv":
+            if dtype is None:
+                setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+            elif leaf == "weight":
+                scale = files.read(f"{name}_scale_inv").to(device)
+                put(module, leaf, dequantize(tensor, scale, compute))
+        else:
+            put(module, leaf, tensor.to(compute))
+        if progress:
+            progress(done, len(names))
+    return model.eval()
+
+
+def stacks_experts(device: str | torch.device) -> bool:
+    """Whether the experts of a layer go into two tensors: they would have to be copied, which the CPU never does."""
+    return torch.device(device).type == "cuda"
+
+
+def put(module: nn.Module, leaf: str, tensor: Tensor) -> None:
+    """Make a tensor the parameter; or, where that has a place in a stack of experts, copy it there."""
+    place = getattr(module, leaf)
+    if place.is_meta:
+        setattr(module, leaf, nn.Parameter(tensor))
+    else:
+        place.data.copy_(tensor)
+
+
+def bytes_in_memory(directory: str | Path, dtype: torch.dtype | str | None = None, active: bool = False) -> int:
+    """What the weights will take, computed from the headers alone; `active`: counting only experts that a token uses."""
+    config, files = Qwen3MoeConfig.from_checkpoint(directory), CheckpointFiles(directory)
+    compute = compute_dtype(config, files, dtype)
+    dense = experts = 0
+    for name, (_, shape, stored, *_) in files.tensors.items():
+        is_scale = name.endswith("_scale_inv")
+        if (is_scale and dtype is not None) or (config.tie_word_embeddings and name == "lm_head.weight"):
+            continue  # a scale that was multiplied in, or the embedding once more
+        size = math.prod(shape) * (stored if dtype is None and (stored == FP8 or is_scale) else compute).itemsize
+        dense, experts = (dense, experts + size) if ".experts." in name else (dense + size, experts)
+    return dense + (experts * config.num_experts_per_tok // config.num_experts if active else experts)
+
+
+def bytes_per_token(model: Qwen3Moe) -> int:
+    """What one new token reads: every weight but the experts that it is not routed to and, where the embedding is not
+    the head as well, all but a row of that."""
+    total = sum(p.nbytes for p in model.parameters())
+    experts = sum(p.nbytes for module in model.modules() if isinstance(module, Experts) for p in module.parameters())
+    total -= experts - experts * model.config.num_experts_per_tok // model.config.num_experts
+    return total if model.lm_head is None else total - model.model.embed_tokens.weight.nbytes
+
+
+def find_device(name: str | None) -> torch.device:
+    """The named device, or the fastest that is there; ValueError if it cannot be used."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):  # by device, an absent one raises any of these
+        raise ValueError(f"device {name!r} is not usable here; `-d cpu` always is") from None
+    return device
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes, or None where it cannot be known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    try:  # Linux counts what it could drop, such as files that it caches
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def check_memory(directory: str | Path, device: torch.device, dtype: str | None, tokens: int, cache: int) -> str:
+    """How large the weights are, in words; ValueError if they and a cache of `cache` bytes do not fit on the device.
+
+    On the CPU weights stay in the file, and what must fit is what a single token reads.
+    """
+    weights, free = bytes_in_memory(directory, dtype), free_memory(device)
+    stay_in_file = device.type == "cpu" and dtype is None
+    needed = bytes_in_memory(directory, dtype, active=stay_in_file)
+    if free is not None and weights + cache > free >= needed + cache:
+        return f"{gigabytes(weights)} (more than the {gigabytes(free)} free: experts come from the disk when routed to)"
+    if free is not None and needed + cache > free:
+        raise ValueError(f"{Path(directory).name} needs {gigabytes(needed)} for weights and {gigabytes(cache)} for the "
+                         f"cache of {tokens:,} tokens, but {device} has {gigabytes(free)} free; choose a smaller "
+                         "checkpoint, another device or a smaller -n")
+    return gigabytes(weights)
+
+
+def compute_dtype(config: Qwen3MoeConfig, files: "CheckpointFiles", dtype: torch.dtype | str | None) -> torch.dtype:
+    """One type for activations, norms and cache, decided once: asked for, or the config's, or the embedding's."""
+    dtype = DTYPES.get(dtype, dtype) or config.dtype
+    if dtype is None:
+        stored = files.tensors.get("model.embed_tokens.weight")
+        dtype = stored.dtype if stored else None
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+    return dtype
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies: `size` bytes from byte `start` of the file."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: int
+    size: int
+
+
+class CheckpointFiles:
+    """The tensors of a folder: `tensors` by name, `read(name)` maps one into memory.
+
+    Not by the library of the same name, whose get_tensor touches the numbers (0.8: 0.3 MB of each tensor).
+    """
+
+    def __init__(self, directory: str | Path):
+        directory = Path(directory)
+        single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+        if single.exists():
+            where = dict.fromkeys(["model.safetensors"], set())
+        elif index.exists():
+            where = files_of_index(index)
+        elif pickles := sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in directory.glob(kind)):
+            raise ValueError(f"{directory}: has only pickled weights ({pickles[0]}); those can run code when "
+                             "opened and are never read here. Convert them to safetensors first.")
+        else:
+            raise FileNotFoundError(f"{directory}: no weights in it, neither {single.name} nor {index.name}")
+
+        self.directory, self.tensors, self.maps = directory, {}, {}
+        for file, promised in where.items():
+            path = directory / file
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: this part of the checkpoint is missing; download it again")
+            found = read_header(path)
+            if absent := sorted(promised - found.keys()):
+                raise ValueError(f"{path}: {absent[0]} is missing, though {index.name} says that it is here")
+            if twice := sorted(found.keys() & self.tensors.keys()):
+                raise ValueError(f"{path}: {twice[0]} is in it and in {self.tensors[twice[0]].path.name} too")
+            self.tensors |= found
+
+    def read(self, name: str) -> Tensor:
+        path, shape, dtype, start, size = self.tensors[name]
+        if path not in self.maps:
+            self.maps[path] = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+        data = self.maps[path][start:start + size]
+        if start % dtype.itemsize:
+            data = data.clone()  # a number may not begin between two places for numbers
+        return data.view(dtype).view(shape)
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of one safetensors file; ValueError where it is truncated or damaged."""
+    try:
+        end = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > end - 8:
+                raise ValueError("it ends within the header")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, entry in header.items():
+            shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
+            dtype = STORED.get(entry["dtype"])
+            if dtype is None:
+                break
+            if not 0 <= first <= last <= end - 8 - length or last - first != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} is not where the header says")
+            tensors[name] = Stored(path, shape, dtype, 8 + length + first, last - first)
+        else:
+            return tensors
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: truncated or damaged ({error}); download it again") from None
+    raise ValueError(f"{path}: {name} is stored as {entry['dtype']}; known are {', '.join(STORED)}")
+
+
+def files_of_index(index: Path) -> dict[str, set[str]]:
+    """File name -> the tensors that the index promises in it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: has no weight_map")
+    where: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        # A path from a downloaded file must not reach anything else on this machine.
+        if not isinstance(file, str) or Path(file).name != file or file in ("", "..") or "\\" in file:
+            raise ValueError(f"{index}: {name} points outside the folder, to {file!r}")
+        where.setdefault(file, set()).add(name)
+    return where
+
+
+def check_names_and_shapes(model: Qwen3Moe, files: CheckpointFiles) -> list[str]:
+    """The names to load. Each parameter has its tensor, each tensor its parameter, of one shape; else ValueError."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name in list(expected):
+        stored = files.tensors.get(name)
+        if stored is not None and stored.dtype == FP8:
+            block = model.config.weight_block_size
+            if block is None or not isinstance(model.get_submodule(name.rpartition(".")[0]), Linear):
+                raise ValueError(f"{stored.path}: {name} is FP8, which config.json's quantization_config does not announce")
+            expected[f"{name}_scale_inv"] = tuple(math.ceil(n / b) for n, b in zip(expected[name], block))
+    found = set(files.tensors)
+    if model.lm_head is None and "lm_head.weight" in found:
+        check_tied_head(files)  # Qwen3-0.6B and 1.7B store the copy, 4B does not
+        found.remove("lm_head.weight")
+
+    for wrong, what in ((expected.keys() - found, "missing from the checkpoint"),
+                        (found - expected.keys(), "in the checkpoint, but the config has no place for it")):
+        if wrong:
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise ValueError(f"{files.directory}: {min(wrong)}{more} is {what}")
+    for name, shape in expected.items():
+        stored = files.tensors[name]
+        if stored.shape != shape:
+            raise ValueError(f"{stored.path}: {name} has shape {stored.shape}, the config asks for {shape}")
+    return list(expected)
+
+
+def check_tied_head(files: CheckpointFiles) -> None:
+    """A stored copy of the embedding may be left out only if it is one; every 997th row is compared."""
+    head, embedding = files.read("lm_head.weight"), files.read("model.embed_tokens.weight")
+    if head.dtype != embedding.dtype or head.shape != embedding.shape or not torch.equal(head[::997], embedding[::997]):
+        raise ValueError(f"{files.tensors['lm_head.weight'].path}: lm_head.weight differs from the embedding, though "
+                         "config.json says tie_word_embeddings")

@@ -1,0 +1,236 @@
+"""Router and experts: by hand, three forms of one sum, and what is touched and what is not."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen3_moe import moe
+from qwen3_moe.config import Qwen3MoeConfig
+from qwen3_moe.generate import generate
+from qwen3_moe.moe import Experts, Router, SparseMoeBlock, mix_grouped, mix_stacked, mix_written_out
+from qwen3_moe.weights import bytes_in_memory, bytes_per_token, load_model
+from tests.seeded import PROMPT, qwen3_moe_config, qwen3_shapes, write_case, write_checkpoint
+
+ROOT = Path(__file__).parents[2]
+CONFIG = Qwen3MoeConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+                        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-6, rope_theta=1e4,
+                        num_experts=6, num_experts_per_tok=2, moe_intermediate_size=8, norm_topk_prob=True)
+
+
+def config(**changes) -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(**{name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__} | changes)
+
+
+def router_of(weight: torch.Tensor, **changes) -> Router:
+    router = Router(config(num_experts=weight.shape[0], hidden_size=weight.shape[1], **changes))
+    router.weight.data = weight
+    return router
+
+
+def test_the_router_by_hand():
+    """Logits (ln 1, ln 4, ln 2, ln 3): probabilities 0.1, 0.4, 0.2, 0.3."""
+    x = torch.tensor([[1.0]])
+    logits = torch.tensor([1.0, 4, 2, 3]).log()[:, None]
+    weights, chosen = router_of(logits)(x)
+    assert chosen.tolist() == [[1, 3]] and torch.allclose(weights, torch.tensor([[4 / 7, 3 / 7]]))
+    weights, _ = router_of(logits, norm_topk_prob=False)(x)
+    assert torch.allclose(weights, torch.tensor([[0.4, 0.3]]))
+    weights, _ = router_of(logits, num_experts_per_tok=1)(x)
+    assert torch.allclose(weights, torch.tensor([[1.0]]))
+
+
+def test_softmax_then_the_best_renormalised_is_the_best_then_softmax():
+    logits = torch.randn(200, 12)
+    weights, chosen = logits.softmax(-1).topk(4)
+    best, same = logits.topk(4)
+    assert torch.equal(chosen, same)
+    assert torch.allclose(weights / weights.sum(-1, keepdim=True), best.softmax(-1), atol=1e-6)
+    assert not torch.allclose(weights, best.softmax(-1), atol=1e-2)  # without renormalising they differ
+
+
+def test_the_router_takes_its_softmax_in_float32():
+    x = torch.randn(64, 16).bfloat16()
+    router = Router(CONFIG).bfloat16()
+    router.weight.data = torch.randn(6, 16).bfloat16()
+    logits = torch.nn.functional.linear(x, router.weight).float()
+    assert router.scores(x).dtype == torch.float32
+    expected = logits.softmax(-1).topk(2).values
+    weights, _ = router(x)
+    assert weights.dtype == torch.bfloat16
+    assert torch.equal(weights, (expected / expected.sum(-1, keepdim=True)).bfloat16())
+
+
+def random_case(E: int, A: int, n: int, dtype: torch.dtype, seed: int = 0) -> tuple[Experts, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    experts = Experts(config(num_experts=E))
+    for weight in experts.parameters():
+        weight.data = torch.randn(weight.shape, generator=generator).to(dtype) * 0.3
+    x, scores = torch.randn(n, 16, generator=generator).to(dtype), torch.rand(n, E, generator=generator)
+    weights, chosen = scores.topk(A)
+    return experts, x, weights.to(dtype), chosen
+
+
+def stacked(experts: Experts) -> Experts:
+    weights = [weight.data for weight in experts.parameters()]
+    experts.stack(torch.device("cpu"), weights[0].dtype)
+    for place, weight in zip(experts.parameters(), weights):
+        place.data.copy_(weight)
+    return experts
+
+
+@pytest.mark.parametrize("E, A, n", [(6, 2, 1), (6, 2, 9), (6, 1, 5), (4, 4, 7), (40, 3, 2), (1, 1, 3), (8, 8, 1)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+def test_the_three_forms_are_one_sum(E, A, n, dtype, tolerance):
+    experts, x, weights, chosen = random_case(E, A, n, dtype)
+    slow = mix_written_out(experts, x, weights, chosen).float()
+    grouped = mix_grouped(experts, x, weights, chosen)
+    assert grouped.dtype == dtype and (grouped.float() - slow).abs().max() <= tolerance * slow.abs().max()
+    with torch.inference_mode():
+        fast = mix_stacked(stacked(experts), x, weights, chosen)
+    assert fast.dtype == dtype and (fast.float() - slow).abs().max() <= tolerance * slow.abs().max()
+
+
+def test_the_definition_notices_a_wrong_dispatch():
+    experts, x, weights, chosen = random_case(6, 2, 9, torch.float32)
+    right = mix_written_out(experts, x, weights, chosen)
+    for wrong in (mix_grouped(experts, x, weights.flip(1), chosen), mix_grouped(experts, x, weights, (chosen + 1) % 6),
+                  mix_grouped(experts, x.flip(0), weights, chosen)):
+        assert not torch.allclose(wrong, right, atol=1e-2)
+
+
+def test_only_the_chosen_experts_are_touched(monkeypatch):
+    experts, x, weights, chosen = random_case(40, 3, 1, torch.float32)
+    worked, forward = [], moe.MLP.forward
+    monkeypatch.setattr(moe.MLP, "forward", lambda self, rows: worked.append((list(experts).index(self), len(rows))) or forward(self, rows))
+    mix_grouped(experts, x, weights, chosen)
+    assert sorted(worked) == sorted((expert, 1) for expert in chosen[0].tolist())
+
+
+def test_each_expert_works_once_on_all_its_tokens(monkeypatch):
+    experts, x, weights, chosen = random_case(6, 2, 50, torch.float32)
+    worked, forward = [], moe.MLP.forward
+    monkeypatch.setattr(moe.MLP, "forward", lambda self, rows: worked.append(len(rows)) or forward(self, rows))
+    mix_grouped(experts, x, weights, chosen)
+    assert len(worked) == 6 and sum(worked) == 100  # no token's experts are gathered as matrices
+
+
+@pytest.mark.parametrize("form, waits", [("grouped", 1), ("stacked", 0)])
+def test_a_layer_waits_for_the_device_at_most_once(monkeypatch, form, waits):
+    """Whatever brings a number to Python makes a GPU's queue run empty."""
+    block = SparseMoeBlock(CONFIG)
+    if form == "stacked":
+        stacked(block.experts)
+    calls = []
+    for name in ("tolist", "item", "nonzero", "unique", "cpu", "__bool__", "__int__", "__float__", "__index__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *a, _name=name, _original=original, **k: calls.append(_name) or _original(*a, **k))
+    with torch.inference_mode():
+        block(torch.randn(2, 5, 16))
+    assert len(calls) == waits, calls
+
+
+def test_gradients_go_through_the_experts_even_when_they_are_stacked():
+    block = SparseMoeBlock(CONFIG)
+    stacked(block.experts)
+    block(torch.randn(1, 30, 16)).square().sum().backward()
+    assert sum(weight.grad is not None and bool(weight.grad.any()) for weight in block.experts.parameters()) >= 12
+    assert block.gate.weight.grad.any()
+
+
+def test_a_token_is_routed_by_itself():
+    """The rest of the batch decides in which group it is computed, and not with what result."""
+    block, x = SparseMoeBlock(CONFIG), torch.randn(1, 20, 16)
+    together = block(x)
+    for t in range(20):
+        assert torch.allclose(block(x[:, t:t + 1]), together[:, t:t + 1], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["two_of_eight", "dense_in_between", "shared_expert"])
+def test_stacked_experts_load_and_give_the_same_tokens(tmp_path, monkeypatch, name):
+    """As on a GPU, on the CPU: same names, same numbers, no byte twice."""
+    folder = write_case(tmp_path, "qwen3_moe", name)
+    plain = load_model(folder)
+    monkeypatch.setattr("qwen3_moe.weights.stacks_experts", lambda device: True)
+    model = load_model(folder)
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
+    for (n, ours), theirs in zip(model.named_parameters(), plain.parameters()):
+        assert torch.equal(ours, theirs), n
+    sparse = [module for module in model.modules() if isinstance(module, Experts)]
+    for experts in sparse:
+        assert experts[1].up_proj.weight.untyped_storage().data_ptr() == experts.gate_up.untyped_storage().data_ptr()
+    used, forward = [], moe.mix_stacked
+    monkeypatch.setattr(moe, "mix_stacked", lambda *a: used.append(1) or forward(*a))
+    assert list(generate(model, PROMPT, max_new_tokens=8)) == list(generate(plain, PROMPT, max_new_tokens=8))
+    assert len(used) == 8 * len(sparse)
+
+
+def test_the_bytes_of_a_token_count_only_its_experts(tmp_path):
+    folder = write_case(tmp_path, "qwen3_moe", "two_of_eight")
+    model = load_model(folder)
+    expert = sum(p.nbytes for p in model.model.layers[0].mlp.experts[0].parameters())
+    total = sum(p.nbytes for p in model.parameters())
+    assert bytes_in_memory(folder) == total
+    assert bytes_in_memory(folder, active=True) == total - 3 * 6 * expert
+    assert bytes_per_token(model) == total - 3 * 6 * expert - model.model.embed_tokens.weight.nbytes
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+import torch
+from qwen3_moe.generate import generate
+from qwen3_moe.routing import Routing
+from qwen3_moe.weights import load_model
+
+def resident(kind: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+    return int(line.split()[1]) * 1024
+
+warm = load_model(sys.argv[1])  # for what the libraries themselves allocate at first use
+list(generate(warm, [1, 2], max_new_tokens=2))
+del warm
+anon, file = resident("RssAnon"), resident("RssFile")
+model = load_model(sys.argv[1])
+routing = Routing(model)
+list(generate(model, [5, 17, 3], max_new_tokens=4))
+used = sum(int((counts > 0).sum()) for counts in routing.counts.values())
+print(resident("RssAnon") - anon, resident("RssFile") - file, used)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
+def test_an_expert_that_is_never_routed_to_is_never_read(tmp_path):
+    config = qwen3_moe_config(vocab_size=256, hidden_size=512, num_hidden_layers=2, num_experts=64, moe_intermediate_size=512,
+                              head_dim=32, torch_dtype="bfloat16")
+    tensors = {name: torch.randn(shape, dtype=torch.bfloat16) * (1 if len(shape) == 1 else 0.05)
+               for name, shape in qwen3_shapes(config).items()}
+    folder = write_checkpoint(tmp_path / "made", config, torch.bfloat16, shapes={}, **tensors)
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True, check=True, cwd=ROOT)
+    anonymous, mapped, used = map(int, done.stdout.split())
+    size, expert = (folder / "model.safetensors").stat().st_size, 3 * 512 * 512 * 2
+    rest = size - 2 * 64 * expert
+    assert size > 2e8 and used < 40  # of 128 experts
+    assert anonymous < 0.05 * size
+    # The kernel maps some pages around the one that was asked for.
+    assert mapped < 1.15 * (rest + used * expert) + 4e6 < 0.4 * size
+
+
+def test_memory_on_the_cpu_is_what_a_token_needs_and_elsewhere_everything(tmp_path, monkeypatch):
+    from qwen3_moe import weights
+
+    folder = write_case(tmp_path, "qwen3_moe", "two_of_eight")
+    total, active = bytes_in_memory(folder), bytes_in_memory(folder, active=True)
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(weights, "free_memory", lambda device: total + 100)
+    assert weights.check_memory(folder, cpu, None, 10, 100) == f"{total / 1e6:.1f} MB"
+    monkeypatch.setattr(weights, "free_memory", lambda device: active + 100)
+    assert "experts come from the disk when routed to" in weights.check_memory(folder, cpu, None, 10, 100)
+    for device, dtype in ((torch.device("meta"), None), (cpu, "float32")):  # they have to be copied
+        with pytest.raises(ValueError, match=r"needs 0\.\d MB for weights and 0.0 MB for the cache of 10 tokens, but .* free"):
+            weights.check_memory(folder, device, dtype, 10, 100)
+    monkeypatch.setattr(weights, "free_memory", lambda device: active)
+    with pytest.raises(ValueError, match="but cpu has"):
+        weights.check_memory(folder, cpu, None, 10, 100)
