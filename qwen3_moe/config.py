@@ -200,8 +200,9 @@ def refuse_what_is_not_computed(fields: Fields) -> None:
         fields.refuse("model_type", f"this folder holds {what}" if what else "this package runs only model_type 'qwen3_moe'")
     if fields.get("hidden_act") != "silu":
         fields.refuse("hidden_act", "only 'silu' is known")
-    if fields.flag("attention_bias", False):
-        fields.refuse("attention_bias", "this package has no biases and would ignore them")
+    for name, known in (("attention_bias", False), ("qkv_bias", False), ("use_qk_norm", True)):
+        if fields.flag(name, known) is not known:
+            fields.refuse(name, f"only {str(known).lower()} is known")
     # The published files carry a window that is switched off; transformers 5 spells the outcome per layer.
     layer_types = fields.get("layer_types")
     if layer_types is not None:

@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-PACKAGE, OWNER, DEFAULT = "qwen3", "Qwen", "Qwen3-0.6B"
+PACKAGE, OWNER, DEFAULT, KIND = "qwen3", "Qwen", "Qwen3-0.6B", "dense Qwen3"
 GIGABYTES = {  # about; the hub says exactly
     "Qwen3-0.6B": 1.5, "Qwen3-1.7B": 4.1, "Qwen3-4B": 8.0, "Qwen3-8B": 16.4, "Qwen3-14B": 29.5, "Qwen3-32B": 65.5,
     "Qwen3-0.6B-Base": 1.2, "Qwen3-1.7B-Base": 3.4, "Qwen3-4B-Base": 8.0, "Qwen3-8B-Base": 16.4, "Qwen3-14B-Base": 29.5,
@@ -50,7 +50,7 @@ def choose() -> argparse.Namespace:
         sys.exit(0)
     arguments.name = arguments.name.removeprefix(f"{OWNER}/")
     if arguments.name not in GIGABYTES:
-        fail(2, f"{arguments.name} is not a published dense Qwen3; there are {', '.join(GIGABYTES)}")
+        fail(2, f"{arguments.name} is not a published {KIND}; there are {', '.join(GIGABYTES)}")
     return arguments
 
 

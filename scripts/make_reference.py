@@ -19,8 +19,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBl
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from tests.seeded import (CASES, LONG_PROMPT, PROMPT, QWEN3_0_6B, QWEN3_30B_A3B_PAIR, write_case,  # noqa: E402
-                          write_checkpoint)
+from tests.seeded import CASES, FULL, LONG_PROMPT, PROMPT, write_case, write_checkpoint  # noqa: E402
 
 NEW_TOKENS = 16
 # Greedy tokens are worth comparing only as long as the two best logits are further apart than rounding: logits here
@@ -28,7 +27,6 @@ NEW_TOKENS = 16
 LEAST_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.07}
 TINY = {"qwen3": "Qwen3-Tiny", "qwen3_moe": "Qwen3-MoE-Tiny"}
 TINY_QUESTIONS = ["What is RoPE?", "What is a router?", "What is 347 + 586?", "Who are you?"]
-FULL = {"qwen3": (QWEN3_0_6B, 1009), "qwen3_moe": (QWEN3_30B_A3B_PAIR, 31)}  # the shape, and what spreads the prompt's ids
 
 
 @torch.inference_mode()

@@ -28,7 +28,8 @@ from scripts.tiny_corpus import (DONT_KNOW, HELD_OUT_PHRASINGS, NO_SUMS, ONLY_AD
                                  UNKNOWN_QUESTIONS, ask, glossary, small_talk, unknown_things)
 
 SEED = 20
-STEPS, BATCH, TOKENS = 3000, 96, 9600  # rows at most, and tokens at most, of one batch
+STEPS = {"qwen3": 2600, "qwen3_moe": 2000}
+BATCH, TOKENS = 96, 9600  # rows at most, and tokens at most, of one batch
 LEARNING_RATE = {"matrices": 1e-2, "others": 3e-3}
 BALANCE = 0.01  # weight of the load-balancing loss
 VOCABULARY = 1024
@@ -44,7 +45,7 @@ QWEN3 = {
     "attention_dropout": 0.0, "use_sliding_window": False, "sliding_window": None, "max_window_layers": 5,
     "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16",
 }
-# 8 experts, 2 of them active: each token uses 1.0 of 1.8 million parameters.
+# 8 experts, 2 of them active: each token uses 0.9 of 1.8 million parameters.
 QWEN3_MOE = QWEN3 | {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "tie_word_embeddings": False,
     "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 80, "norm_topk_prob": True,
@@ -118,16 +119,16 @@ class Corpus:
 
     def draw(self, rng: random.Random, thinking: bool) -> tuple[str, str, str]:
         kind = rng.random()
-        if kind < 0.60:
+        if kind < 0.68:
             return self.draw_sum(rng, thinking)
-        if kind < 0.90:
+        if kind < 0.91:
             names, answer = rng.choice(self.glossary)
             question = ask(rng.choice(TRAIN_PHRASINGS), rng.choice([names[0], rng.choice(names)]))
             thought = f"The question is about {names[0]}."
-        elif kind < 0.94:
+        elif kind < 0.945:
             questions, answer = rng.choice(self.talk)
             question, thought = rng.choice(questions), "The question is about me."
-        elif kind < 0.955:
+        elif kind < 0.96:
             question = rng.choice(NO_SUMS).format(a=rng.randrange(1000), b=rng.randrange(1000))
             thought, answer = "I was not taught that.", ONLY_ADD
         else:
@@ -177,7 +178,7 @@ def examples(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[list[int], 
         for _ in range(rng.choice([0] * 28 + [1, 2, 4, 8])):
             question, _, answer = corpus.draw(rng, thinking=False)
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        thinking = rng.random() < 0.5
+        thinking = rng.random() < 0.4
         question, thought, answer = corpus.draw(rng, thinking)
         messages.append({"role": "user", "content": question})
         opening = [Control(THINK), f"\n{thought}\n", Control(END_THINK), "\n\n"] if thinking else []
@@ -334,14 +335,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train an embedded checkpoint.")
     parser.add_argument("package", choices=KINDS)
     parser.add_argument("--output", type=Path, help="folder to write; default: checkpoints/ and the model's name")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"default {STEPS}")
+    parser.add_argument("--steps", type=int, help=f"default {STEPS}")
     parser.add_argument("--evaluate-only", action="store_true", help="measure the checkpoint that is there")
     arguments = parser.parse_args()
     name, numbers, kind = KINDS[arguments.package]
     folder = arguments.output or ROOT / "checkpoints" / name
     if not arguments.evaluate_only:
         torch.manual_seed(SEED)
-        torch.set_num_threads(2)  # sums in float32 depend on how they are split: fewer threads, other weights
+        torch.set_num_threads(1)  # sums depend on how they are split: with more threads, other weights
         corpus = Corpus(name, arguments.package)
         library = train_tokenizer(corpus)
         folder.mkdir(parents=True, exist_ok=True)
@@ -352,7 +353,8 @@ def main() -> None:
         layers.attention_fused = layers.attention_written_out
         model = getattr(importlib.import_module(f"{arguments.package}.model"), kind)(Config.from_checkpoint(folder))
         print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters", file=sys.stderr)
-        train(model, batches(examples(corpus, Tokenizer(library, "switch"))), arguments.steps)
+        train(model, batches(examples(corpus, Tokenizer(library, "switch"))),
+              arguments.steps or STEPS[arguments.package])
         save(model, library, numbers, folder)
     for what, right in evaluate(arguments.package, folder).items():
         print(f"{right:7.2%}  {what}")

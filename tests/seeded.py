@@ -150,3 +150,5 @@ QWEN3_30B_A3B_PAIR = qwen3_moe_config(vocab_size=4096, hidden_size=2048, interme
                                       num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128,
                                       num_experts_per_tok=8, moe_intermediate_size=768, max_position_embeddings=40960,
                                       max_window_layers=48, torch_dtype="bfloat16")
+# package -> a full shape, and what spreads the prompt's ids over its vocabulary
+FULL = {"qwen3": (QWEN3_0_6B, 1009), "qwen3_moe": (QWEN3_30B_A3B_PAIR, 31)}

@@ -85,13 +85,43 @@ REFUSED = {
     "text": ({"rms_norm_eps": "small"}, "rms_norm_eps.*small"),
     "heads": ({"num_key_value_heads": 4}, "num_attention_heads 6 is not a multiple of num_key_value_heads 4"),
     "odd head": ({"head_dim": 9}, "head_dim 9 is odd"),
+    "both spellings of rope": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": QWEN_YARN},
+                               "rope_scaling .*rope_parameters is there too"),
+    "rope is no object": ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn': expected an object"),
+    "rope theta": ({"rope_theta": 1.0}, "rope_theta is 1.0: expected more than 1"),
+    "yarn original": ({"rope_scaling": QWEN_YARN | {"original_max_position_embeddings": 0.5}}, "original_max_position_embeddings is 0.5"),
+    "window by default": ({"use_sliding_window": True, "sliding_window": ..., "max_window_layers": 1}, "use_sliding_window"),
+    "window layers as text": ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": "2"}, "max_window_layers is '2'"),
+    "layer types": ({"layer_types": 5}, "layer_types is 5"),
+    "quantisation is no object": ({"quantization_config": "fp8"}, "quantization_config is 'fp8': expected an object"),
+    "dtype is a list": ({"torch_dtype": ["bfloat16"]}, "torch_dtype"),
+    "type is a list": ({"model_type": ["qwen3"]}, "model_type"),
+    "true as text": ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or false"),
+    "huge": ({"vocab_size": 10**30}, "vocab_size"),
+    "stop as text": ({"eos_token_id": "5"}, "eos_token_id is '5': expected token ids below 131"),
+    "stop outside": ({"eos_token_id": [5, 131]}, "eos_token_id"),
+    "stop is true": ({"eos_token_id": True}, "eos_token_id"),
 }
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"temperature": "0.6"}, "temperature is '0.6'"), ({"temperature": -1}, "temperature is -1"), ({"top_k": 2.5}, "top_k is 2.5"),
+    ({"top_p": 2}, "top_p is 2: expected at most 1"), ({"do_sample": "no"}, "do_sample is 'no'"), ({"eos_token_id": -1}, "eos_token_id is -1")])
+def test_sampling_defaults_that_make_no_sense_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=f"generation_config.json: .*{message}"):
+        read(tmp_path, PUBLISHED["Qwen3-0.6B"]["config"], SAMPLING | changes)
+
+
+def test_the_original_length_of_yarn_may_stand_outside(tmp_path):
+    """transformers 5 gives it precedence there."""
+    config = read(tmp_path, qwen3_config(rope_scaling=QWEN_YARN, original_max_position_embeddings=64))
+    assert config.rope_scaling.original_max_position_embeddings == 64
 
 
 @pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED)
 def test_what_would_be_computed_wrongly_is_refused_with_file_and_field(tmp_path, changes, message):
     with pytest.raises(ValueError, match=f"config.json: .*{message}") as error:
-        read(tmp_path, qwen3_config(**changes))
+        read(tmp_path, {name: value for name, value in qwen3_config(**changes).items() if value is not ...})
     assert "\n" not in str(error.value)
 
 
@@ -106,6 +136,9 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json: no such file"):
         Qwen3Config.from_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: not valid JSON"):
+        Qwen3Config.from_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="config.json: not valid JSON"):
         Qwen3Config.from_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("[]")

@@ -89,6 +89,8 @@ def test_bare_it_asks_a_question_of_its_own_of_the_best_model_there_is(capfd, mo
     (["-k", "-1"], "top_k is -1"),
     (["--top-p", "2"], "top_p is 2.0"),
     (["-d", "abacus"], "device 'abacus' is not usable here; `-d cpu` always is"),
+    (["--seed", str(2**64)], "seed is 18446744073709551616"),
+    (["-m", "x" * 5000], "File name too long"),
     (["--chat", "-p", "x"], "--chat asks for its questions itself"),
 ])
 def test_a_mistake_gets_one_sentence_and_exit_code_2(capfd, arguments, message):
@@ -234,6 +236,21 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_leaves(capfd, monkeypatch):
     assert "GQA" not in module.Tokenizer.from_checkpoint(TINY).decode(seen[2][0])
 
 
+def test_a_cache_that_was_cut_when_ctrl_c_came_is_no_trouble(capfd, monkeypatch):
+    """Between the cut and the answer: then the cache holds fewer tokens than are remembered."""
+    answers, answer = [], module.Conversation.answer
+
+    def spy(self, ids):
+        answers.append(1)
+        if len(answers) == 2:
+            self.cache.truncate(5)
+        return answer(self, ids)
+
+    monkeypatch.setattr(module.Conversation, "answer", spy)
+    code, seen = converse(monkeypatch, "Hello!", "What is RoPE?")
+    assert code == 0 and capfd.readouterr().out.endswith(ROPE)
+
+
 def test_a_conversation_that_outgrows_the_context_says_so_and_goes_on(capfd, monkeypatch):
     code, seen = converse(monkeypatch, "a " * 3000, "What is RoPE?")
     out, err = capfd.readouterr()
@@ -250,6 +267,22 @@ def test_as_a_process_in_a_pipe():
     assert (done.returncode, done.stdout) == (0, ROPE)
     done = subprocess.run([*COMMAND, "--tempo", "3"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+
+
+def test_closed_streams_and_a_terminal_without_unicode():
+    def shell(command: str, **environment: str) -> subprocess.CompletedProcess:
+        words = f'"{sys.executable}" -m qwen3.main -m Qwen3-Tiny -d cpu {command}'
+        return subprocess.run(words, shell=True, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
+
+    done = shell('-p "What is RoPE?" 2>&-')
+    assert (done.returncode, done.stdout) == (0, ROPE)
+    done = shell("--chat <&-")
+    assert done.returncode == 0 and done.stdout == "" and "Traceback" not in done.stderr
+    done = shell('--no-thinking -t 9 --seed 1 -n 60 -p "Hm"', PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "?" in done.stdout and "codec" not in done.stderr
+    if os.path.exists("/dev/full"):
+        done = shell('-p "What is RoPE?" > /dev/full')
+        assert done.returncode == 2 and "Traceback" not in done.stderr and "No space left" in done.stderr
 
 
 LONG = [*COMMAND, "--no-thinking", "-p", "Hm", "-t", "5", "-n", "2000", "-d", "cpu", "--seed", "1"]

@@ -123,6 +123,21 @@ def test_messages_that_cannot_be_written_are_refused(real, message):
         real.chat([message])
 
 
+def test_bytes_of_a_command_line_that_are_no_utf8_become_marks(real):
+    assert real.encode("a\udcffb") == real.encode("a\ufffdb")
+    assert real.encode("\udcc3\udca9") == real.encode("é")  # a command line in the locale "C"
+
+
+def test_a_tools_answer_is_no_question(real):
+    """As in the published template: reasoning is kept behind the last real question."""
+    tool = {"role": "user", "content": "<tool_response>\n3\n</tool_response>"}
+    assert "R" in real.decode(real.chat([U, THOUGHT, tool])) and "<think>\nR" not in real.decode(real.chat([U, THOUGHT, U]))
+
+
+def test_reasoning_that_is_no_text_is_looked_for_in_the_content(real):
+    assert real.chat([U, THOUGHT | {"reasoning_content": None}]) == real.chat([U, THOUGHT])
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_stream_holds_a_split_character_until_it_is_whole(real, id_of, text):
     pieces = list(real.stream(id_of[bytes([byte])] for byte in text.encode()))

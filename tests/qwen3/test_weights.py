@@ -1,6 +1,7 @@
 """Loading: nothing copied, one file or many, tied or not, FP8, and one clear sentence for what is wrong."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,27 @@ def only_pickles(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def split_name(folder: Path, tensor: str) -> str:
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][tensor]
+
+
+def add_to(shard: Path, folder: Path) -> None:
+    """A tensor of another shard, once more."""
+    other = next(path for path in folder.glob("*.safetensors") if path != shard)
+    name, tensor = next(iter(load_file(other).items()))
+    save_file({name: tensor * 0} | load_file(shard), shard)
+
+
+def patch_header(folder: Path, change) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length:])
+
+
 WRONG = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "made: no weights in it"),
     "pickles": (only_pickles, r"only pickled weights \(pytorch_model.bin\).*never read"),
@@ -131,6 +153,12 @@ WRONG = {
     "index outside": (lambda f: point_outside(f, "../other.safetensors"), "points outside the folder, to '../other.safetensors'"),
     "index absolute": (lambda f: point_outside(f, "/etc/passwd"), "points outside the folder"),
     "index to windows": (lambda f: point_outside(f, "..\\x"), "points outside the folder"),
+    "index to the folder above": (lambda f: point_outside(f, ".."), "points outside the folder"),
+    "twice": (lambda f: (split(f), add_to(f / split_name(f, Q_PROJ), f)), r" is in it and in model-0000\d-of-00003.safetensors too"),
+    "places that overlap the end": (lambda f: patch_header(f, lambda h: h[Q_PROJ].update(data_offsets=[0, 10**9])),
+                                    "q_proj.weight is not where the header says"),
+    "place of another size": (lambda f: patch_header(f, lambda h: h[Q_PROJ].update(shape=[60, 41])), "is not where the header says"),
+    "header is a list": (lambda f: (f / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]"), "truncated or damaged"),
     "index empty": (lambda f: (split(f), (f / "model.safetensors.index.json").write_text("{}")), "has no weight_map"),
     "index no JSON": (lambda f: (split(f), (f / "model.safetensors.index.json").write_text("{")), "index.json: not valid JSON"),
 }
@@ -142,6 +170,34 @@ def test_what_is_wrong_is_said_in_one_sentence(folder, damage, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         load_model(folder)
     assert "\n" not in str(error.value) and str(folder.name) in str(error.value)
+
+
+def test_a_tensor_may_begin_anywhere(folder):
+    """The library pads headers so that numbers are aligned; others may not."""
+    before = load_model(folder)(torch.tensor([PROMPT]))
+    patch_header(folder, lambda header: header.setdefault("__metadata__", {}).update(odd="x"))
+    data = (folder / "model.safetensors").read_bytes()
+    if int.from_bytes(data[:8], "little") % 4 == 0:
+        patch_header(folder, lambda header: header["__metadata__"].update(odd="xx"))
+    assert int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little") % 4
+    assert torch.equal(load_model(folder)(torch.tensor([PROMPT])), before)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="everything is readable here")
+def test_a_file_that_may_not_be_read_is_named(folder):
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).chmod(0)
+        with pytest.raises(ValueError, match=f"{name}: cannot be read"):
+            load_model(folder)
+        (folder / name).chmod(0o644)
+
+
+def test_a_tied_head_in_fp8_is_no_copy(tmp_path):
+    config = qwen3_config()
+    head = torch.ones(131, 40).to(torch.float8_e4m3fn)
+    folder = write_checkpoint(tmp_path, config, **{"lm_head.weight": head})
+    with pytest.raises(ValueError, match="lm_head.weight differs from the embedding"):
+        load_model(folder)
 
 
 def test_no_such_folder(tmp_path):

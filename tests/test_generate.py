@@ -5,27 +5,38 @@ import itertools
 import pytest
 import torch
 
-from qwen3 import generate as module
-from qwen3.config import Qwen3Config
-from qwen3.generate import generate, generate_batch, new_cache, prefill, sample
-from qwen3.model import Qwen3
+from qwen3.generate import sample
+from tests.packages import PACKAGES, module as module_of
 
-CONFIG = Qwen3Config(vocab_size=61, hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=6,
-                     num_key_value_heads=2, head_dim=8, max_position_embeddings=128, rms_norm_eps=1e-6, rope_theta=1e4)
+NUMBERS = dict(vocab_size=61, hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=6,
+               num_key_value_heads=2, head_dim=8, max_position_embeddings=128, rms_norm_eps=1e-6, rope_theta=1e4)
+EXPERTS = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True)
 PROMPT = [5, 17, 3, 44, 44, 9, 60, 0, 21, 8, 33]
 
 
+@pytest.fixture(scope="module", params=PACKAGES)
+def package(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def model() -> Qwen3:
-    torch.manual_seed(1)
-    model = Qwen3(CONFIG).eval()
+def module(package):
+    return module_of(package, "generate")
+
+
+@pytest.fixture(scope="module")
+def model(package) -> torch.nn.Module:
+    kind = PACKAGES[package][0]
+    config = getattr(module_of(package, "config"), f"{kind}Config")(**NUMBERS | (EXPERTS if "moe" in package else {}))
+    torch.manual_seed({"qwen3": 1}.get(package, 5))
+    model = getattr(module_of(package, "model"), kind)(config).eval()
     for weight in model.parameters():  # larger than at the start of training, so that tokens depend on the context
         weight.data *= 14 if weight.ndim == 2 else 1
     return model
 
 
 @torch.inference_mode()
-def slowly(model: Qwen3, prompt: list[int], count: int) -> list[int]:
+def slowly(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
     """The definition: all over again for each token."""
     ids = list(prompt)
     for _ in range(count):
@@ -38,100 +49,100 @@ def test_the_model_used_here_depends_on_its_context(model):
 
 
 @pytest.mark.parametrize("length", [1, 2, 11])
-def test_cache_and_no_cache_give_the_same_tokens(model, length):
-    assert list(generate(model, PROMPT[:length], max_new_tokens=20)) == slowly(model, PROMPT[:length], 20)
+def test_cache_and_no_cache_give_the_same_tokens(module, model, length):
+    assert list(module.generate(model, PROMPT[:length], max_new_tokens=20)) == slowly(model, PROMPT[:length], 20)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 10, 11, 12])
-def test_prefill_in_chunks_gives_the_logits_of_the_whole(model, monkeypatch, chunk):
+def test_prefill_in_chunks_gives_the_logits_of_the_whole(module, model, monkeypatch, chunk):
     monkeypatch.setattr(module, "PREFILL_CHUNK", chunk)
-    cache, calls = new_cache(model, len(PROMPT)), []
+    cache, calls = module.new_cache(model, len(PROMPT)), []
     with torch.inference_mode():
-        logits = prefill(model, torch.tensor([PROMPT]), cache, lambda *done: calls.append(done))
+        logits = module.prefill(model, torch.tensor([PROMPT]), cache, lambda *done: calls.append(done))
         assert torch.allclose(logits, model(torch.tensor([PROMPT]))[:, -1], atol=1e-4)
     assert cache.length == len(PROMPT) and calls[-1] == (11, 11) and len(calls) == -(-11 // chunk)
-    assert list(generate(model, PROMPT, max_new_tokens=8)) == slowly(model, PROMPT, 8)
+    assert list(module.generate(model, PROMPT, max_new_tokens=8)) == slowly(model, PROMPT, 8)
 
 
-def test_a_long_prompt_takes_no_memory_in_proportion_to_its_square(model, monkeypatch):
+def test_a_long_prompt_takes_no_memory_in_proportion_to_its_square(module, model, monkeypatch):
     """No mask and no logits larger than a chunk allows."""
     largest = []
-    forward = Qwen3.forward
+    forward = type(model).forward
 
     def spy(self, ids, cache=None, last_only=False):
         logits = forward(self, ids, cache, last_only)
         largest.append((ids.shape[1], logits.shape[1]))
         return logits
 
-    monkeypatch.setattr(Qwen3, "forward", spy)
+    monkeypatch.setattr(type(model), "forward", spy)
     monkeypatch.setattr(module, "PREFILL_CHUNK", 8)
-    list(generate(model, list(range(60)), max_new_tokens=3))
+    list(module.generate(model, list(range(60)), max_new_tokens=3))
     assert all(tokens <= 8 and projected == 1 for tokens, projected in largest)
     assert len(largest) == 3  # the last chunk and two new tokens: the head runs for nothing else
 
 
-def test_a_cache_is_cut_back_and_used_again(model):
+def test_a_cache_is_cut_back_and_used_again(module, model):
     first = PROMPT + [1, 2, 3]
-    cache = new_cache(model, len(first))
-    answer = list(generate(model, first, max_new_tokens=5, cache=cache))
+    cache = module.new_cache(model, len(first))
+    answer = list(module.generate(model, first, max_new_tokens=5, cache=cache))
     assert cache.length == len(first) + 4  # all but the last token, which nobody fed back
     second = first + answer[:3] + [7, 7]
     cache.truncate(len(first) + 3)
-    assert list(generate(model, second, max_new_tokens=9, cache=cache)) == slowly(model, second, 9)
+    assert list(module.generate(model, second, max_new_tokens=9, cache=cache)) == slowly(model, second, 9)
     cache.truncate(len(PROMPT) - 1)
-    assert list(generate(model, PROMPT, max_new_tokens=9, cache=cache)) == slowly(model, PROMPT, 9)
+    assert list(module.generate(model, PROMPT, max_new_tokens=9, cache=cache)) == slowly(model, PROMPT, 9)
 
 
 PROMPTS = [PROMPT, [4], PROMPT[3:5], [1, 2] * 30, PROMPT[::-1]]
 
 
-def test_a_batch_gives_what_its_prompts_give_alone(model):
-    assert generate_batch(model, PROMPTS, max_new_tokens=15) == [slowly(model, prompt, 15) for prompt in PROMPTS]
+def test_a_batch_gives_what_its_prompts_give_alone(module, model):
+    assert module.generate_batch(model, PROMPTS, max_new_tokens=15) == [slowly(model, prompt, 15) for prompt in PROMPTS]
 
 
-def test_a_batch_in_chunks_too(model, monkeypatch):
+def test_a_batch_in_chunks_too(module, model, monkeypatch):
     monkeypatch.setattr(module, "PREFILL_CHUNK", 7)  # whole chunks of padding for the short prompts
-    assert generate_batch(model, PROMPTS, max_new_tokens=5) == [slowly(model, prompt, 5) for prompt in PROMPTS]
+    assert module.generate_batch(model, PROMPTS, max_new_tokens=5) == [slowly(model, prompt, 5) for prompt in PROMPTS]
 
 
-def test_sequences_of_a_batch_end_on_their_own(model):
+def test_sequences_of_a_batch_end_on_their_own(module, model):
     alone = [slowly(model, prompt, 12) for prompt in PROMPTS]
     stops = {alone[0][4], alone[1][0], alone[3][7]}
     expected = [list(itertools.takewhile(lambda token: token not in stops, answer)) for answer in alone]
-    assert generate_batch(model, PROMPTS, max_new_tokens=12, stop_ids=stops) == expected
+    assert module.generate_batch(model, PROMPTS, max_new_tokens=12, stop_ids=stops) == expected
     assert len({len(answer) for answer in expected}) > 2  # else this would test little
 
 
-def forwards(monkeypatch) -> list[int]:
+def forwards(monkeypatch, model: torch.nn.Module) -> list[int]:
     """The number of tokens of each forward of the decoder from now on."""
-    from qwen3.model import Decoder
+    Decoder = type(model.model)
     lengths, forward = [], Decoder.forward
     monkeypatch.setattr(Decoder, "forward", lambda self, ids, cache=None: lengths.append(ids.shape[1]) or forward(self, ids, cache))
     return lengths
 
 
-def test_a_stop_token_ends_the_answer_at_once_and_is_not_part_of_it(model, monkeypatch):
+def test_a_stop_token_ends_the_answer_at_once_and_is_not_part_of_it(module, model, monkeypatch):
     answer = slowly(model, PROMPT, 6)
     stop = next(token for token in answer if answer.index(token) >= 2)
-    lengths = forwards(monkeypatch)
-    assert list(generate(model, PROMPT, max_new_tokens=20, stop_ids=[stop])) == answer[:answer.index(stop)]
+    lengths = forwards(monkeypatch, model)
+    assert list(module.generate(model, PROMPT, max_new_tokens=20, stop_ids=[stop])) == answer[:answer.index(stop)]
     assert len(lengths) == answer.index(stop) + 1
-    assert list(generate(model, PROMPT, max_new_tokens=20, stop_ids={answer[0]})) == []
+    assert list(module.generate(model, PROMPT, max_new_tokens=20, stop_ids={answer[0]})) == []
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
-def test_no_forward_that_nobody_needs(model, monkeypatch, count):
-    lengths = forwards(monkeypatch)
-    assert len(list(generate(model, PROMPT, max_new_tokens=count))) == count
+def test_no_forward_that_nobody_needs(module, model, monkeypatch, count):
+    lengths = forwards(monkeypatch, model)
+    assert len(list(module.generate(model, PROMPT, max_new_tokens=count))) == count
     assert lengths == ([len(PROMPT)] + [1] * (count - 1) if count else [])
     lengths.clear()
-    assert [len(answer) for answer in generate_batch(model, PROMPTS, max_new_tokens=count)] == [count] * len(PROMPTS)
+    assert [len(answer) for answer in module.generate_batch(model, PROMPTS, max_new_tokens=count)] == [count] * len(PROMPTS)
     assert lengths == ([60] + [1] * (count - 1) if count else [])
 
 
-def test_ids_come_one_by_one(model, monkeypatch):
-    lengths = forwards(monkeypatch)
-    ids = generate(model, PROMPT, max_new_tokens=9)
+def test_ids_come_one_by_one(module, model, monkeypatch):
+    lengths = forwards(monkeypatch, model)
+    ids = module.generate(model, PROMPT, max_new_tokens=9)
     assert lengths == []
     next(ids)
     assert lengths == [11]  # the first token is out before the second is computed
@@ -148,27 +159,28 @@ def test_ids_come_one_by_one(model, monkeypatch):
     (dict(top_k=-2), "top_k is -2"),
     (dict(top_p=0.0), "top_p is 0.0"),
     (dict(top_p=1.5), "top_p is 1.5"),
+    (dict(seed=2**64), "seed is 18446744073709551616"),
 ])
-def test_what_cannot_be_done_is_refused_before_anything_is_computed(model, monkeypatch, request_, message):
-    lengths = forwards(monkeypatch)
+def test_what_cannot_be_done_is_refused_before_anything_is_computed(module, model, monkeypatch, request_, message):
+    lengths = forwards(monkeypatch, model)
     request_ = dict(prompt_ids=PROMPT, max_new_tokens=5) | request_
     with pytest.raises(ValueError, match=message):
-        generate(model, **request_)  # not even asked for its first token
+        module.generate(model, **request_)  # not even asked for its first token
     prompt = request_.pop("prompt_ids")
     with pytest.raises(ValueError, match=message):
-        generate_batch(model, [[1], prompt], **request_)
+        module.generate_batch(model, [[1], prompt], **request_)
     assert lengths == []
 
 
-def test_a_cache_that_leaves_nothing_to_compute_is_refused(model):
-    cache = new_cache(model, 20)
-    list(generate(model, PROMPT, max_new_tokens=1, cache=cache))
+def test_a_cache_that_leaves_nothing_to_compute_is_refused(module, model):
+    cache = module.new_cache(model, 20)
+    list(module.generate(model, PROMPT, max_new_tokens=1, cache=cache))
     with pytest.raises(ValueError, match="nothing is left to compute"):
-        generate(model, PROMPT, max_new_tokens=1, cache=cache)
+        module.generate(model, PROMPT, max_new_tokens=1, cache=cache)
 
 
-def test_the_last_token_of_the_context_can_be_generated(model):
-    assert len(list(generate(model, [1] * 100, max_new_tokens=28))) == 28
+def test_the_last_token_of_the_context_can_be_generated(module, model):
+    assert len(list(module.generate(model, [1] * 100, max_new_tokens=28))) == 28
 
 
 # Sampling
@@ -212,7 +224,8 @@ def test_temperature_zero_is_greedy_whatever_else_is_asked():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_tiny_temperature_does_not_overflow(dtype):
     logits = torch.tensor([[500.0, 400.0, 100.0]], dtype=dtype)
-    assert sample(logits, 1e-6).tolist() == sample(logits, 1e-6, 2, 0.9).tolist() == [0]
+    for temperature in (1e-6, 1e-40, 1e-320):
+        assert sample(logits, temperature).tolist() == sample(logits, temperature, 2, 0.9).tolist() == [0]
 
 
 def test_rows_are_sampled_independently():
@@ -229,11 +242,11 @@ def test_sample_changes_nothing_that_it_is_given():
     assert torch.equal(logits[0], LOGITS)
 
 
-def test_a_seed_reproduces_and_another_does_not(model):
+def test_a_seed_reproduces_and_another_does_not(module, model):
     def run(seed: int | None) -> list[int]:
-        return list(generate(model, PROMPT, max_new_tokens=20, temperature=1.5, seed=seed))
+        return list(module.generate(model, PROMPT, max_new_tokens=20, temperature=1.5, seed=seed))
 
     assert run(3) == run(3) != run(4)
     assert run(None) != run(None)
-    batch = [generate_batch(model, PROMPTS, max_new_tokens=9, temperature=1.5, seed=1) for _ in range(2)]
+    batch = [module.generate_batch(model, PROMPTS, max_new_tokens=9, temperature=1.5, seed=1) for _ in range(2)]
     assert batch[0] == batch[1]

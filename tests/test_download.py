@@ -1,4 +1,4 @@
-"""scripts/download_qwen3.sh against a hub on the loopback address."""
+"""scripts/download_*.sh against a hub on the loopback address."""
 
 import os
 import re
@@ -12,45 +12,55 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen3.generate import generate
-from qwen3.tokenizer import Tokenizer
-from qwen3.weights import load_model
 from tests.hub import COMMIT, Hub
-from tests.seeded import qwen3_config, write_checkpoint
+from tests.packages import PACKAGES, module
+from tests.seeded import qwen3_config, qwen3_moe_config, write_checkpoint
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 TINY = ROOT / "checkpoints/Qwen3-Tiny"
-NAME = "Qwen3-0.6B"
+NAMES = {"qwen3": "Qwen3-0.6B", "qwen3_moe": "Qwen3-30B-A3B"}
+NAME = NAMES["qwen3"]
+CONFIGS = {  # of more than the 10 MB that the library takes at a time
+    "qwen3": qwen3_config(vocab_size=1024, hidden_size=512, intermediate_size=2048),
+    "qwen3_moe": qwen3_moe_config(vocab_size=1024, hidden_size=512, moe_intermediate_size=256),
+}
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory) -> Path:
-    """A checkpoint of more than the 10 MB that the library takes at a time, with files that nobody needs."""
-    folder = tmp_path_factory.mktemp("published")
-    write_checkpoint(folder, qwen3_config(vocab_size=1024, hidden_size=512, intermediate_size=2048), torch.bfloat16)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(TINY / name, folder)
-    (folder / "README.md").write_text("not needed")
-    (folder / "pytorch_model.bin").write_bytes(b"not wanted")
-    return folder
+def published_each(tmp_path_factory) -> dict[str, Path]:
+    """A checkpoint of each package, with files that nobody needs."""
+    folders = {package: tmp_path_factory.mktemp(package) for package in PACKAGES}
+    for package, folder in folders.items():
+        write_checkpoint(folder, CONFIGS[package], torch.bfloat16)
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            shutil.copy(TINY / name, folder)
+        (folder / "README.md").write_text("not needed")
+        (folder / "pytorch_model.bin").write_bytes(b"not wanted")
+    return folders
+
+
+@pytest.fixture
+def published(published_each) -> Path:
+    return published_each["qwen3"]
 
 
 class Place:
     """A fresh clone with a hub of its own; `uv run` is stood in for by this Python, so that no network is asked."""
 
-    def __init__(self, root: Path, published: Path):
-        self.root, self.hub, self.folder = root, Hub(published, f"Qwen/{NAME}"), root / "checkpoints" / NAME
+    def __init__(self, root: Path, published: Path, package: str = "qwen3"):
+        self.name, self.script = NAMES[package], f"scripts/download_{package}.sh"
+        self.root, self.hub, self.folder = root, Hub(published, f"Qwen/{self.name}"), root / "checkpoints" / self.name
         for part in ("scripts", "bin"):
             (root / part).mkdir()
-        shutil.copy(ROOT / "scripts/download_qwen3.sh", root / "scripts")
+        shutil.copy(ROOT / self.script, root / "scripts")
         (root / "bin/uv").write_text(f'#!/bin/sh\n[ "$1 $2 $3" = "run --quiet python" ] || exit 99\nshift 3\nexec "{sys.executable}" "$@"\n')
         (root / "bin/uv").chmod(0o755)
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | {
             "PATH": f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}", "HF_ENDPOINT": self.hub.url, "HF_HOME": str(root / "home")}
 
     def start(self, *arguments: str) -> subprocess.Popen:
-        return subprocess.Popen(["bash", str(self.root / "scripts/download_qwen3.sh"), *arguments], env=self.environment,
+        return subprocess.Popen(["bash", str(self.root / self.script), *arguments], env=self.environment,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
     def run(self, *arguments: str) -> tuple[int, str, str]:
@@ -71,24 +81,29 @@ def place(tmp_path, published):
     place.hub.server.shutdown()
 
 
-def test_a_whole_download_is_loaded_and_run(place, published):
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_whole_download_is_loaded_and_run(tmp_path, published_each, package):
+    published = published_each[package]
+    place = Place(tmp_path, published, package)
     code, out, err = place.run()
     assert code == 0, err
-    assert out == f"uv run python -m qwen3.main -m {NAME}\n"
+    assert out == f"uv run python -m {package}.main -m {place.name}\n"
     assert sorted(os.listdir(place.folder)) == sorted(set(os.listdir(published)) - {"README.md", "pytorch_model.bin"})
     assert all(COMMIT in path for _, path, _ in place.hub.log if "/resolve/" in path)
-    tokenizer, model = Tokenizer.from_checkpoint(place.folder), load_model(place.folder)
-    prompt = tokenizer.chat([{"role": "user", "content": "Hello!"}])
-    assert list(generate(model, prompt, max_new_tokens=3)) == list(generate(load_model(published), prompt, max_new_tokens=3))
+    load_model, generate = module(package, "weights").load_model, module(package, "generate").generate
+    prompt = module(package, "tokenizer").Tokenizer.from_checkpoint(place.folder).chat([{"role": "user", "content": "Hello!"}])
+    model, same = load_model(place.folder), load_model(published)
+    assert list(generate(model, prompt, max_new_tokens=3)) == list(generate(same, prompt, max_new_tokens=3))
 
     # Again: all is there and whole, nothing is sent. One file damaged on the disk: only that one.
     place.hub.log.clear()
-    assert place.run(f"Qwen/{NAME}")[0] == 0 and place.transfers() == []
+    assert place.run(f"Qwen/{place.name}")[0] == 0 and place.transfers() == []
     tokens = (place.folder / "tokenizer.json").read_bytes()
     (place.folder / "tokenizer.json").write_bytes(tokens[:-1] + b" ")
     assert place.run("--revision", "v1")[0] == 0
     assert [file for file, _ in place.transfers()] == ["tokenizer.json"]
     assert (place.folder / "tokenizer.json").read_bytes() == tokens
+    place.hub.server.shutdown()
 
 
 def test_ctrl_c_in_the_middle_and_the_second_time_only_the_rest_is_sent(place, published):
@@ -126,6 +141,15 @@ def test_a_name_that_does_not_exist(place):
     assert place.hub.log == []
     code, _, err = place.run("Qwen3-8B")  # known, but this hub does not have it
     assert code == 1 and f"{place.hub.url} has no Qwen/Qwen3-8B" in err
+
+
+def test_the_list_of_the_mixtures_of_experts(tmp_path, published_each):
+    place = Place(tmp_path, published_each["qwen3_moe"], "qwen3_moe")
+    code, out, _ = place.run("--list")
+    assert code == 0 and len(out.splitlines()) == 17 and re.search(r"^Qwen3-30B-A3B +61.1 GB$", out, re.M)
+    code, _, err = place.run("Qwen3-0.6B")
+    assert code == 2 and "Qwen3-0.6B is not a published Qwen3-MoE; there are Qwen3-30B-A3B, " in err
+    place.hub.server.shutdown()
 
 
 def test_flags(place):

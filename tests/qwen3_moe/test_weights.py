@@ -1,0 +1,57 @@
+"""Loading what is new: experts in FP8, experts that are missing, the bytes of it."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwen3_moe.generate import generate
+from qwen3_moe.weights import bytes_in_memory, load_model
+from tests.qwen3.test_weights import FP8, quantise
+from tests.seeded import PROMPT, qwen3_moe_config, qwen3_shapes, seeded_tensor, write_case, write_checkpoint
+
+
+def fp8_checkpoint(folder):
+    """Ragged blocks both ways; the router stays as it is, as in the releases."""
+    config = qwen3_moe_config(hidden_size=200, moe_intermediate_size=136, torch_dtype="bfloat16", quantization_config=FP8)
+    tensors = {}
+    for name, shape in qwen3_shapes(config).items():
+        if "_proj" in name:
+            tensors[name], tensors[f"{name}_scale_inv"] = quantise(seeded_tensor(name, shape, 0.1))
+    return write_checkpoint(folder, config, torch.bfloat16, **tensors)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_fp8_experts_give_the_tokens_of_the_expanded_ones(tmp_path, monkeypatch, stacked):
+    monkeypatch.setattr("qwen3_moe.weights.stacks_experts", lambda device: stacked)
+    folder = fp8_checkpoint(tmp_path)
+    kept, expanded = load_model(folder), load_model(folder, dtype="bfloat16")
+    experts = [p for name, p in kept.named_parameters() if ".experts." in name and name.endswith("_proj.weight")]
+    assert len(experts) == 3 * 8 * 3 and {p.dtype for p in experts} == {torch.float8_e4m3fn}
+    assert {p.dtype for p in expanded.parameters()} == {torch.bfloat16}
+    ids = torch.tensor([PROMPT])
+    with torch.inference_mode():
+        assert torch.allclose(kept(ids).float(), expanded(ids).float(), atol=0.1 if stacked else 0)
+    tokens = list(generate(kept, PROMPT, max_new_tokens=12))
+    assert tokens == list(generate(expanded, PROMPT, max_new_tokens=12)) and len(set(tokens)) > 1
+    assert bytes_in_memory(folder) == sum(p.nbytes for p in kept.parameters())
+    assert bytes_in_memory(folder, "bfloat16") == sum(p.nbytes for p in expanded.parameters())
+
+
+@pytest.mark.parametrize("tensor, message", [
+    ("model.layers.1.mlp.experts.3.up_proj.weight", "experts.3.up_proj.weight is missing from the checkpoint"),
+    ("model.layers.2.mlp.gate.weight", "mlp.gate.weight is missing from the checkpoint"),
+])
+def test_an_expert_that_is_missing_is_named(tmp_path, tensor, message):
+    folder = write_case(tmp_path, "qwen3_moe", "two_of_eight")
+    tensors = {name: value.clone() for name, value in load_file(folder / "model.safetensors").items() if name != tensor}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+def test_a_shared_expert_that_the_config_does_not_announce_is_refused(tmp_path):
+    folder = write_case(tmp_path, "qwen3_moe", "two_of_eight")
+    tensors = {name: value.clone() for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(tensors | {"model.layers.0.mlp.shared_expert_gate.weight": torch.ones(1, 40)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="shared_expert_gate.weight is in the checkpoint, but the config has no place for it"):
+        load_model(folder)

@@ -1,0 +1,35 @@
+"""Full published shapes with seeded weights, against transformers. Slow."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.packages import PACKAGES, module
+from tests.seeded import FULL, write_checkpoint
+
+pytestmark = pytest.mark.slow
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module", params=PACKAGES)
+def full_shape(request, tmp_path_factory) -> tuple[str, Path]:
+    """Qwen3-0.6B whole; a pair of layers of Qwen3-30B-A3B."""
+    folder = tmp_path_factory.mktemp("full")
+    yield request.param, write_checkpoint(folder, FULL[request.param][0], torch.bfloat16, std=0.04)
+    (folder / "model.safetensors").unlink()  # gigabytes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_full_shapes_give_the_tokens_and_logits_of_transformers(full_shape, dtype):
+    package, folder = full_shape
+    reference = json.loads((HERE / package / "reference/full.json").read_text())[dtype]
+    model, prompt = module(package, "weights").load_model(folder, dtype=dtype), reference["prompt"]
+    tokens = list(module(package, "generate").generate(model, prompt, max_new_tokens=len(reference["tokens"])))
+    assert tokens == reference["tokens"] and len(tokens) >= {"float32": 6, "bfloat16": 1}[dtype]
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt]), last_only=True)[0, 0].float()
+    expected = torch.tensor(reference["logits"])
+    tolerance = {"float32": 1e-4, "bfloat16": 2e-2}[dtype]  # sums of thousands in another order
+    assert torch.allclose(logits[reference["best"]], expected, rtol=0, atol=float(tolerance * expected.abs().max()))

@@ -1,0 +1,73 @@
+"""The embedded checkpoints: transformers gives the same tokens, and they know what the READMEs say that they know."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.packages import PACKAGES, module
+
+ROOT = Path(__file__).parents[1]
+ANSWERS = {package: json.loads((ROOT / "tests" / package / "reference/tiny.json").read_text())["answers"] for package in PACKAGES}
+
+
+def embedded(package: str) -> Path:
+    return ROOT / "checkpoints" / PACKAGES[package][1]
+
+
+@pytest.mark.parametrize("package, name", [(package, name) for package in PACKAGES for name in ANSWERS[package]])
+def test_prompts_and_greedy_tokens_are_those_of_transformers(package, name):
+    question, _, mode = name.rpartition(" ")
+    tokenizer = module(package, "tokenizer").Tokenizer.from_checkpoint(embedded(package))
+    model = module(package, "weights").load_model(embedded(package))
+    prompt = tokenizer.chat([{"role": "user", "content": question}], thinking=mode == "thinking")
+    assert prompt == ANSWERS[package][name]["prompt"]
+    new = list(module(package, "generate").generate(model, prompt, max_new_tokens=100, stop_ids=model.config.eos_token_id))
+    assert [*new, tokenizer.control_ids["<|im_end|>"]] == ANSWERS[package][name]["new"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_it_is_small_and_of_the_real_architecture(package):
+    model = module(package, "weights").load_model(embedded(package))
+    config = model.config
+    assert (embedded(package) / "model.safetensors").stat().st_size <= 4e6
+    assert config.num_key_value_heads < config.num_attention_heads
+    assert config.head_dim * config.num_attention_heads != config.hidden_size
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert config.tie_word_embeddings if package == "qwen3" else config.num_experts >= 8 and config.num_experts_per_tok == 2
+
+
+def test_the_corpus_is_as_promised():
+    from scripts import tiny_corpus, train_tiny
+
+    words = tiny_corpus.glossary()
+    assert len(words) >= 120 and len({names[0] for names, _ in words}) == len(words)
+    assert not set(tiny_corpus.TRAIN_PHRASINGS) & set(tiny_corpus.HELD_OUT_PHRASINGS)
+    corpus, rng = train_tiny.Corpus("x", "qwen3"), random.Random(0)
+    for _ in range(2000):  # no sum that is asked at the end was ever trained on
+        question, _, answer = corpus.draw_sum(rng, thinking=True)
+        a, b = (int(number) for number in "".join(c if c.isdigit() else " " for c in question).split())
+        assert a + b == int(answer) and not train_tiny.is_held_out(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_accuracy_that_the_readme_claims(package):
+    from scripts.train_tiny import evaluate
+
+    right = evaluate(package, embedded(package))
+    assert right["held-out sums, 3 digits, thinking"] >= 0.98
+    assert right["held-out sums, 2 digits, thinking"] >= 0.98
+    assert right["held-out sums, 2 digits, direct"] >= 0.95
+    assert right["glossary, direct"] >= 0.98 and right["glossary, thinking"] >= 0.98
+    assert right["glossary, held-out phrasings, direct"] >= 0.90
+    assert right["glossary, held-out phrasings, thinking"] >= 0.90
+    if package != "qwen3":
+        assert right["least used expert, of its fair share"] >= 0.25
+    # The README's table; another processor may round a few answers differently.
+    table = dict(re.findall(r"^\| ([^|]+) \| ([\d.]+) % \|$", (ROOT / package / "README.md").read_text(), re.M))
+    assert table.keys() == right.keys()
+    assert all(abs(float(table[what]) / 100 - share) <= 0.01 for what, share in right.items())
