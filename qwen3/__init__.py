@@ -1,4 +1,4 @@
-"""Qwen3, the dense models: read README.md, then config, tokenizer, layers, model, weights, generate, main."""
+"""Qwen3, the dense models: read README.md, then config, tokenizer, layers, model, files, weights, generate, main."""
 
 import warnings
 

@@ -20,12 +20,12 @@ if __name__ == "__main__":  # importing torch takes seconds, and Ctrl-C should l
 import torch
 
 from qwen3.config import DTYPES, Qwen3Config
+from qwen3.files import CheckpointFiles
 from qwen3.generate import check_request, generate, new_cache
 from qwen3.layers import KVCache
 from qwen3.model import Qwen3
 from qwen3.tokenizer import END_THINK, IM_END, THINK, Tokenizer, dropping_newlines
-from qwen3.weights import (CheckpointFiles, bytes_per_token, check_memory, compute_dtype, find_device, gigabytes,
-                           load_model)
+from qwen3.weights import bytes_per_token, check_memory, compute_dtype, find_device, gigabytes, load_model
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 DEFAULT, EMBEDDED, DOWNLOAD = "Qwen3-0.6B", "Qwen3-Tiny", "bash scripts/download_qwen3.sh"

@@ -1,32 +1,22 @@
-"""5. A checkpoint becomes a model: safetensors -> parameters, nothing copied twice.
+"""5b. A checkpoint becomes a model: tensors of files -> parameters, nothing copied twice.
 
 The model is built on PyTorch's "meta" device, where tensors have a shape and no memory. Each tensor of the
 checkpoint is then put in its place. On the CPU it stays where it is, in the memory-mapped file: the
 operating system reads a page when it is first used, so a model of any size starts at once. Another type or
 device costs one conversion per tensor.
-
-A checkpoint is a folder with one model.safetensors, or with several such files and
-model.safetensors.index.json, whose `weight_map` says which tensor is in which file. A safetensors file is
-8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}} and the numbers, row by row;
-nothing in it can be executed. That is why .bin and .pth files, which are Python pickles, are never opened.
 """
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from qwen3.config import DTYPES, Qwen3Config, read_json
+from qwen3.config import DTYPES, Qwen3Config
+from qwen3.files import FP8, CheckpointFiles
 from qwen3.layers import Linear, dequantize
 from qwen3.model import Qwen3
-
-# The types of tensors that a checkpoint may hold, by their names in the safetensors header.
-STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
-FP8 = torch.float8_e4m3fn
 
 
 def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None,
@@ -127,99 +117,6 @@ def compute_dtype(config: Qwen3Config, files: "CheckpointFiles", dtype: torch.dt
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     return dtype
-
-
-class Stored(NamedTuple):
-    """Where a tensor lies: `size` bytes from byte `start` of the file."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    start: int
-    size: int
-
-
-class CheckpointFiles:
-    """The tensors of a folder: `tensors` by name, `read(name)` maps one into memory.
-
-    Not by the library of the same name, whose get_tensor touches the numbers (0.8: 0.3 MB of each tensor).
-    """
-
-    def __init__(self, directory: str | Path):
-        directory = Path(directory)
-        single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-        if single.exists():
-            where = dict.fromkeys(["model.safetensors"], set())
-        elif index.exists():
-            where = files_of_index(index)
-        elif pickles := sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in directory.glob(kind)):
-            raise ValueError(f"{directory}: has only pickled weights ({pickles[0]}); those can run code when "
-                             "opened and are never read here. Convert them to safetensors first.")
-        else:
-            raise FileNotFoundError(f"{directory}: no weights in it, neither {single.name} nor {index.name}")
-
-        self.directory, self.tensors, self.maps = directory, {}, {}
-        for file, promised in where.items():
-            path = directory / file
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: this part of the checkpoint is missing; download it again")
-            found = read_header(path)
-            if absent := sorted(promised - found.keys()):
-                raise ValueError(f"{path}: {absent[0]} is missing, though {index.name} says that it is here")
-            if twice := sorted(found.keys() & self.tensors.keys()):
-                raise ValueError(f"{path}: {twice[0]} is in it and in {self.tensors[twice[0]].path.name} too")
-            self.tensors |= found
-
-    def read(self, name: str) -> Tensor:
-        path, shape, dtype, start, size = self.tensors[name]
-        if path not in self.maps:
-            self.maps[path] = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-        data = self.maps[path][start:start + size]
-        if start % dtype.itemsize:
-            data = data.clone()  # a number may not begin between two places for numbers
-        return data.view(dtype).view(shape)
-
-
-def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file; ValueError where it is truncated or damaged."""
-    try:
-        end = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > end - 8:
-                raise ValueError("it ends within the header")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
-            dtype = STORED.get(entry["dtype"])
-            if dtype is None:
-                break
-            if not 0 <= first <= last <= end - 8 - length or last - first != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name} is not where the header says")
-            tensors[name] = Stored(path, shape, dtype, 8 + length + first, last - first)
-        else:
-            return tensors
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: truncated or damaged ({error}); download it again") from None
-    raise ValueError(f"{path}: {name} is stored as {entry['dtype']}; known are {', '.join(STORED)}")
-
-
-def files_of_index(index: Path) -> dict[str, set[str]]:
-    """File name -> the tensors that the index promises in it."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: has no weight_map")
-    where: dict[str, set[str]] = {}
-    for name, file in weight_map.items():
-        # A path from a downloaded file must not reach anything else on this machine.
-        if not isinstance(file, str) or Path(file).name != file or file in ("", "..") or "\\" in file:
-            raise ValueError(f"{index}: {name} points outside the folder, to {file!r}")
-        where.setdefault(file, set()).add(name)
-    return where
 
 
 def check_names_and_shapes(model: Qwen3, files: CheckpointFiles) -> list[str]:

@@ -1,4 +1,4 @@
-"""Qwen3-MoE, the mixture of experts: read README.md, then config, tokenizer, layers, moe, model, weights, generate, main."""
+"""Qwen3-MoE, the mixture of experts: read README.md, then config, tokenizer, layers, moe, model, files, weights, generate, main."""
 
 import warnings
 

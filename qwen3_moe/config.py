@@ -1,14 +1,11 @@
 """1. The numbers of a checkpoint: config.json and generation_config.json -> Qwen3MoeConfig.
 
 New against the dense Qwen3: how many experts there are, how many a token uses, how wide one is, which layers
-have them, and whether the router's weights are renormalised.
+have them, and whether the router's weights are renormalised. Everything that changes the result is read here
+and used, or refused by name; inside this one family rope_theta is 1e6, 5e6 or 1e7.
 
-Everything that changes the result is read here and used, or refused by name. Nothing is guessed from a
-size or a file name: inside this one family rope_theta is 1e6, 5e6 or 1e7, and head_dim is not
-hidden_size / num_attention_heads.
-
-Two generations of files are about. The published ones say `rope_theta`, `rope_scaling`, `torch_dtype`;
-those that transformers 5 writes say `rope_parameters` (both of the former in one), `dtype` and, for `num_experts`, `num_local_experts`.
+Two generations of files are about. The published ones say `rope_theta`, `rope_scaling`, `torch_dtype`, `num_experts`;
+those that transformers 5 writes `rope_parameters` (both of the former in one), `dtype`, `num_local_experts`.
 
 Papers: Qwen3 (arXiv:2505.09388, Table 2), YaRN (arXiv:2309.00071).
 """
@@ -24,7 +21,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # A folder of another family: what it is, and where to go.
 OTHER_MODELS = {
     "qwen3": "a dense Qwen3 model; run it with `python -m qwen3.main`",
-    "qwen2": "a Qwen2 model (biases on q, k, v and no QK-Norm); this project has no package for it",
+    "qwen2_moe": "a Qwen2-MoE model (biases on q, k and v and no QK-Norm); this project has no package for it",
     "deepseek_v3": "a model of DeepSeek-V3's architecture; run it with `python -m deepseek_v3.main`",
     "kimi_k2": "a model of DeepSeek-V3's architecture; run it with `python -m deepseek_v3.main`",
 }
@@ -104,6 +101,7 @@ class Qwen3MoeConfig:
         path = directory / "generation_config.json"
         generation = Fields(path, read_json(path) if path.exists() else {})
         vocab_size = fields.whole("vocab_size")
+        D, H = fields.whole("hidden_size"), fields.whole("num_attention_heads")
         stop_ids = read_stop_ids(generation, vocab_size)
         if stop_ids is None:
             stop_ids = read_stop_ids(fields, vocab_size)
@@ -111,8 +109,8 @@ class Qwen3MoeConfig:
         config = cls(
             **{name: fields.whole(name) for name in (
                 "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "head_dim", "max_position_embeddings", "num_experts_per_tok",
-                "moe_intermediate_size")},
+                "num_key_value_heads", "max_position_embeddings", "num_experts_per_tok", "moe_intermediate_size")},
+            head_dim=fields.whole("head_dim", None if D % H else D // H),  # transformers 5 may leave it out
             **read_experts(fields),
             rms_norm_eps=fields.number("rms_norm_eps"),
             rope_theta=rope_theta,
@@ -215,6 +213,8 @@ def refuse_what_is_not_computed(fields: Fields) -> None:
 
 def read_experts(fields: Fields) -> dict[str, object]:
     """What says where experts are and how they are weighed, from either generation of names."""
+    if fields.get("num_local_experts") not in (None, fields.get("num_experts", fields.get("num_local_experts"))):
+        fields.refuse("num_local_experts", "num_experts is there too and differs")
     dense = fields.get("mlp_only_layers", [])
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
         fields.refuse("mlp_only_layers", "expected a list of layer numbers")

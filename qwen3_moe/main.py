@@ -20,13 +20,13 @@ if __name__ == "__main__":  # importing torch takes seconds, and Ctrl-C should l
 import torch
 
 from qwen3_moe.config import DTYPES, Qwen3MoeConfig
+from qwen3_moe.files import CheckpointFiles
 from qwen3_moe.generate import check_request, generate, new_cache
 from qwen3_moe.layers import KVCache
 from qwen3_moe.model import Qwen3Moe
 from qwen3_moe.routing import Routing
 from qwen3_moe.tokenizer import END_THINK, IM_END, THINK, Tokenizer, dropping_newlines
-from qwen3_moe.weights import (CheckpointFiles, bytes_per_token, check_memory, compute_dtype, find_device, gigabytes,
-                           load_model)
+from qwen3_moe.weights import bytes_per_token, check_memory, compute_dtype, find_device, gigabytes, load_model
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 DEFAULT, EMBEDDED, DOWNLOAD = "Qwen3-30B-A3B", "Qwen3-MoE-Tiny", "bash scripts/download_qwen3_moe.sh"
@@ -261,14 +261,13 @@ def run(arguments: argparse.Namespace) -> None:
     prompt_ids = conversation.prompt_ids([{"role": "user", "content": question}])
     conversation.load(len(prompt_ids) + conversation.new_tokens(prompt_ids))
     routing = Routing(conversation.model) if arguments.show_experts else None
-    if arguments.chat:
-        chat(conversation)
-    else:
-        if arguments.prompt is None:
-            note(f'asking "{DEFAULT_PROMPT}"; ask your own with -p, or converse with --chat')
-        conversation.answer(prompt_ids)
-    if routing is not None:
-        note(routing.picture())
+    if arguments.prompt is None and not arguments.chat:
+        note(f'asking "{DEFAULT_PROMPT}"; ask your own with -p, or converse with --chat')
+    try:
+        chat(conversation) if arguments.chat else conversation.answer(prompt_ids)
+    finally:  # after Ctrl-C too
+        if routing is not None:
+            note(routing.picture())
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -66,9 +66,18 @@ class Experts(nn.ModuleList):
             expert.gate_proj.weight, expert.up_proj.weight = nn.Parameter(gate_up[:F_]), nn.Parameter(gate_up[F_:])
             expert.down_proj.weight = nn.Parameter(down)
 
+    def _apply(self, *arguments, **more) -> "Experts":  # what .to() and its like come down to
+        self.gate_up = self.down = None  # they would keep the old numbers, and the old device's memory
+        return super()._apply(*arguments, **more)
+
+    def is_stacked(self) -> bool:
+        """Whether the stacks are still the experts' own memory; a copy of the model, for one, has new weights."""
+        return (self.gate_up is not None and self[0].gate_proj.weight.data_ptr() == self.gate_up.data_ptr()
+                and self[-1].down_proj.weight.data_ptr() == self.down[-1].data_ptr())
+
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         # The stacks are no parameters: gradients must go through the experts.
-        stacked = self.gate_up is not None and not torch.is_grad_enabled() and self.gate_up.device == x.device
+        stacked = not torch.is_grad_enabled() and self.is_stacked()
         return (mix_stacked if stacked else mix_grouped)(self, x, weights, chosen)
 
 
@@ -87,7 +96,8 @@ def mix_grouped(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) ->
                                                        token    1 | 0 1 | 0
     """
     sorted_, order = chosen.flatten().sort(stable=True)  # (n*A,)
-    counts = torch.bincount(sorted_, minlength=len(experts)).tolist()  # the one wait for a GPU
+    ends = group_ends(sorted_, len(experts))
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()  # the one wait for a GPU
     groups = x[order // chosen.shape[1]].split(counts)
     rows = torch.cat([expert(group) for expert, group in zip(experts, groups) if len(group)])  # (n*A, D)
     return weigh(rows, order, weights)
@@ -96,10 +106,15 @@ def mix_grouped(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) ->
 def mix_stacked(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
     """The same in two grouped matrix products, with no wait at all: where a group ends stays on the GPU."""
     sorted_, order = chosen.flatten().sort(stable=True)
-    ends = torch.searchsorted(sorted_, torch.arange(len(experts), device=x.device), right=True).int()  # (E,)
+    ends = group_ends(sorted_, len(experts))
     gate, up = grouped_mm(x[order // chosen.shape[1]], experts.gate_up.mT, offs=ends).chunk(2, dim=-1)  # (n*A, F)
     rows = grouped_mm(F.silu(gate) * up, experts.down.mT, offs=ends)  # (n*A, D)
     return weigh(rows, order, weights)
+
+
+def group_ends(sorted_: Tensor, E: int) -> Tensor:
+    """Where the choices of each expert end among the sorted ones, (E,) int32. (torch.bincount would wait for the GPU.)"""
+    return torch.searchsorted(sorted_, torch.arange(E, device=sorted_.device), right=True).int()
 
 
 def weigh(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:

@@ -33,13 +33,15 @@ class Routing:
         "busiest" is the share of the busiest expert against a fair one, 1.0 for perfect balance; "idle" the
         number of experts that no token went to.
         """
-        E = max(map(len, self.counts.values()), default=0)
-        columns = max((width or shutil.get_terminal_size().columns) - 32, 16)
+        if not self.counts:
+            return "no layer of this model has experts"
+        E = max(map(len, self.counts.values()))
+        columns = max((width or shutil.get_terminal_size().columns) - 34, 16)
         per_character = -(-E // columns)  # experts that share a character
-        tokens = sum(int(counts.sum()) for counts in self.counts.values()) // max(self.active * len(self.counts), 1)
-        lines = [f"experts by layer: {tokens} tokens, {self.active} of {E} experts each; {SHADES[1]} under half the fair share, "
-                 f"{SHADES[2]} up to it, {SHADES[3]} up to twice, {SHADES[4]} more"
-                 + (f"; {per_character} experts a character" if per_character > 1 else "")]
+        tokens = sum(int(counts.sum()) for counts in self.counts.values()) // (self.active * len(self.counts))
+        lines = [f"experts by layer: {tokens} tokens, {self.active} of {E} experts each"
+                 + (f"; {per_character} experts a character" if per_character > 1 else ""),
+                 f"{SHADES[1]} under half the fair share  {SHADES[2]} up to it  {SHADES[3]} up to twice  {SHADES[4]} more"]
         for layer, counts in self.counts.items():
             load = counts.float() * len(counts) / max(int(counts.sum()), 1)  # 1 is a fair share
             groups = [float(part.mean()) for part in load.split(per_character)]

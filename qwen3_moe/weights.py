@@ -1,4 +1,4 @@
-"""5. A checkpoint becomes a model: safetensors -> parameters, nothing copied twice.
+"""5b. A checkpoint becomes a model: tensors of files -> parameters, nothing copied twice.
 
 The model is built on PyTorch's "meta" device, where tensors have a shape and no memory. Each tensor of the
 checkpoint is then put in its place. On the CPU it stays where it is, in the memory-mapped file: the
@@ -7,30 +7,20 @@ no token is routed to is never read: a mixture of experts larger than memory run
 the experts that it wants. Another type or device costs one conversion per tensor.
 
 New against the dense model: on an NVIDIA GPU all experts of a layer are put into two tensors.
-
-A checkpoint is a folder with one model.safetensors, or with several such files and
-model.safetensors.index.json, whose `weight_map` says which tensor is in which file. A safetensors file is
-8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}} and the numbers, row by row;
-nothing in it can be executed. That is why .bin and .pth files, which are Python pickles, are never opened.
 """
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from qwen3_moe.config import DTYPES, Qwen3MoeConfig, read_json
+from qwen3_moe.config import DTYPES, Qwen3MoeConfig
+from qwen3_moe.files import FP8, CheckpointFiles
 from qwen3_moe.layers import Linear, dequantize
 from qwen3_moe.model import Qwen3Moe
 from qwen3_moe.moe import Experts
-
-# The types of tensors that a checkpoint may hold, by their names in the safetensors header.
-STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
-FP8 = torch.float8_e4m3fn
 
 
 def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None,
@@ -47,10 +37,10 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
     with torch.device("meta"):
         model = Qwen3Moe(config)
     names = check_names_and_shapes(model, files)
-    kept_fp8 = config.weight_block_size is not None and dtype is None
-    for module in model.modules() if stacks_experts(device) and not kept_fp8 else ():
-        if isinstance(module, Experts):
-            module.stack(device, compute)
+    if (config.weight_block_size is None or dtype is not None) and stacks_experts(config, torch.device(device), compute):
+        for module in model.modules():
+            if isinstance(module, Experts):
+                module.stack(device, compute)
 
     for done, name in enumerate(names, start=1):
         tensor = files.read(name).to(device)
@@ -68,9 +58,15 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
     return model.eval()
 
 
-def stacks_experts(device: str | torch.device) -> bool:
-    """Whether the experts of a layer go into two tensors: they would have to be copied, which the CPU never does."""
-    return torch.device(device).type == "cuda"
+def stacks_experts(config: Qwen3MoeConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the experts of a layer go into two tensors, for the grouped matrix product.
+
+    It is one kernel on Hopper and Blackwell GPUs in bfloat16, and PyTorch's own loop elsewhere, which waits more often
+    than ours. Its rows must begin at multiples of 16 bytes.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16 or config.hidden_size % 8 or config.moe_intermediate_size % 8:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def put(module: nn.Module, leaf: str, tensor: Tensor) -> None:
@@ -139,15 +135,17 @@ def check_memory(directory: str | Path, device: torch.device, dtype: str | None,
 
     On the CPU weights stay in the file, and what must fit is what a single token reads.
     """
-    weights, free = bytes_in_memory(directory, dtype), free_memory(device)
-    stay_in_file = device.type == "cpu" and dtype is None
+    weights, free, files = bytes_in_memory(directory, dtype), free_memory(device), CheckpointFiles(directory)
+    compute = compute_dtype(Qwen3MoeConfig.from_checkpoint(directory), files, dtype)
+    stored = {tensor.dtype for name, tensor in files.tensors.items() if not name.endswith("_scale_inv")}
+    stay_in_file = device.type == "cpu" and stored <= {compute, FP8 if dtype is None else compute}
     needed = bytes_in_memory(directory, dtype, active=stay_in_file)
     if free is not None and weights + cache > free >= needed + cache:
         return f"{gigabytes(weights)} (more than the {gigabytes(free)} free: experts come from the disk when routed to)"
     if free is not None and needed + cache > free:
         raise ValueError(f"{Path(directory).name} needs {gigabytes(needed)} for weights and {gigabytes(cache)} for the "
                          f"cache of {tokens:,} tokens, but {device} has {gigabytes(free)} free; choose a smaller "
-                         "checkpoint, another device or a smaller -n")
+                         "checkpoint or -n, or `-d cpu` without --dtype, where experts stay in the file until they are wanted")
     return gigabytes(weights)
 
 
@@ -160,99 +158,6 @@ def compute_dtype(config: Qwen3MoeConfig, files: "CheckpointFiles", dtype: torch
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     return dtype
-
-
-class Stored(NamedTuple):
-    """Where a tensor lies: `size` bytes from byte `start` of the file."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    start: int
-    size: int
-
-
-class CheckpointFiles:
-    """The tensors of a folder: `tensors` by name, `read(name)` maps one into memory.
-
-    Not by the library of the same name, whose get_tensor touches the numbers (0.8: 0.3 MB of each tensor).
-    """
-
-    def __init__(self, directory: str | Path):
-        directory = Path(directory)
-        single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-        if single.exists():
-            where = dict.fromkeys(["model.safetensors"], set())
-        elif index.exists():
-            where = files_of_index(index)
-        elif pickles := sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in directory.glob(kind)):
-            raise ValueError(f"{directory}: has only pickled weights ({pickles[0]}); those can run code when "
-                             "opened and are never read here. Convert them to safetensors first.")
-        else:
-            raise FileNotFoundError(f"{directory}: no weights in it, neither {single.name} nor {index.name}")
-
-        self.directory, self.tensors, self.maps = directory, {}, {}
-        for file, promised in where.items():
-            path = directory / file
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: this part of the checkpoint is missing; download it again")
-            found = read_header(path)
-            if absent := sorted(promised - found.keys()):
-                raise ValueError(f"{path}: {absent[0]} is missing, though {index.name} says that it is here")
-            if twice := sorted(found.keys() & self.tensors.keys()):
-                raise ValueError(f"{path}: {twice[0]} is in it and in {self.tensors[twice[0]].path.name} too")
-            self.tensors |= found
-
-    def read(self, name: str) -> Tensor:
-        path, shape, dtype, start, size = self.tensors[name]
-        if path not in self.maps:
-            self.maps[path] = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-        data = self.maps[path][start:start + size]
-        if start % dtype.itemsize:
-            data = data.clone()  # a number may not begin between two places for numbers
-        return data.view(dtype).view(shape)
-
-
-def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file; ValueError where it is truncated or damaged."""
-    try:
-        end = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > end - 8:
-                raise ValueError("it ends within the header")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
-            dtype = STORED.get(entry["dtype"])
-            if dtype is None:
-                break
-            if not 0 <= first <= last <= end - 8 - length or last - first != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name} is not where the header says")
-            tensors[name] = Stored(path, shape, dtype, 8 + length + first, last - first)
-        else:
-            return tensors
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: truncated or damaged ({error}); download it again") from None
-    raise ValueError(f"{path}: {name} is stored as {entry['dtype']}; known are {', '.join(STORED)}")
-
-
-def files_of_index(index: Path) -> dict[str, set[str]]:
-    """File name -> the tensors that the index promises in it."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: has no weight_map")
-    where: dict[str, set[str]] = {}
-    for name, file in weight_map.items():
-        # A path from a downloaded file must not reach anything else on this machine.
-        if not isinstance(file, str) or Path(file).name != file or file in ("", "..") or "\\" in file:
-            raise ValueError(f"{index}: {name} points outside the folder, to {file!r}")
-        where.setdefault(file, set()).add(name)
-    return where
 
 
 def check_names_and_shapes(model: Qwen3Moe, files: CheckpointFiles) -> list[str]:

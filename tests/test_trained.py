@@ -41,16 +41,16 @@ def test_it_is_small_and_of_the_real_architecture(package):
 
 
 def test_the_corpus_is_as_promised():
-    from scripts import tiny_corpus, train_tiny
+    from scripts import tiny_corpus, tiny_data
 
     words = tiny_corpus.glossary()
     assert len(words) >= 120 and len({names[0] for names, _ in words}) == len(words)
     assert not set(tiny_corpus.TRAIN_PHRASINGS) & set(tiny_corpus.HELD_OUT_PHRASINGS)
-    corpus, rng = train_tiny.Corpus("x", "qwen3"), random.Random(0)
+    corpus, rng = tiny_data.Corpus("x", "qwen3"), random.Random(0)
     for _ in range(2000):  # no sum that is asked at the end was ever trained on
         question, _, answer = corpus.draw_sum(rng, thinking=True)
         a, b = (int(number) for number in "".join(c if c.isdigit() else " " for c in question).split())
-        assert a + b == int(answer) and not train_tiny.is_held_out(a, b)
+        assert a + b == int(answer) and not tiny_data.is_held_out(a, b)
 
 
 @pytest.mark.slow

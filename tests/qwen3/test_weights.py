@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwen3.files import CheckpointFiles
 from qwen3.generate import generate
 from qwen3.weights import bytes_in_memory, load_model
 from tests.seeded import PROMPT, qwen3_config, qwen3_shapes, seeded_tensor, write_checkpoint
@@ -181,6 +182,22 @@ def test_a_tensor_may_begin_anywhere(folder):
         patch_header(folder, lambda header: header["__metadata__"].update(odd="xx"))
     assert int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little") % 4
     assert torch.equal(load_model(folder)(torch.tensor([PROMPT])), before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's rule")
+def test_a_file_larger_than_memory_is_mapped(tmp_path):
+    """Linux refuses a private mapping larger than memory and swap, unless it is told that nothing need be reserved."""
+    numbers = {line.split()[0]: int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()}
+    size = numbers["MemTotal:"] + numbers["SwapTotal:"] + (1 << 30)
+    path = tmp_path / "model.safetensors"
+    header = json.dumps({"big": {"dtype": "BF16", "shape": [size // 2], "data_offsets": [0, size // 2 * 2]}}).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size // 2 * 2)  # a hole: it takes no place on the disk
+    big = CheckpointFiles(tmp_path).read("big")
+    assert big.shape == (size // 2,) and big[-1] == 0
+    big[0] = 1  # private: the file stays as it is
+    assert CheckpointFiles(tmp_path).read("big")[0] == 0
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="everything is readable here")

@@ -52,9 +52,17 @@ def test_which_layers_have_experts(tmp_path, step, dense, sparse):
     assert all(len(module) == 8 for module in model.modules() if isinstance(module, Experts))
 
 
+def test_a_head_size_that_transformers_leaves_out_is_the_hidden_size_over_the_heads(tmp_path):
+    config = {name: value for name, value in qwen3_moe_config(hidden_size=48).items() if name != "head_dim"}
+    assert read(tmp_path, config).head_dim == 8
+    with pytest.raises(ValueError, match="the field head_dim is missing"):
+        read(tmp_path, config | {"hidden_size": 40})
+
+
 REFUSED = {
     "more active than there are": ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 is more than the 8 experts"),
     "no experts": ({"num_experts": None}, "the field num_experts is missing"),
+    "two numbers of experts": ({"num_local_experts": 9}, "num_local_experts is 9: num_experts is there too and differs"),
     "not said whether normalised": ({"norm_topk_prob": None}, "the field norm_topk_prob is missing"),
     "normalised as text": ({"norm_topk_prob": "no"}, "norm_topk_prob is 'no', expected true or false"),
     "layers as text": ({"mlp_only_layers": "0"}, "mlp_only_layers is '0': expected a list"),

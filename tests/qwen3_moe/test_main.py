@@ -64,11 +64,16 @@ def test_the_picture_by_hand(tmp_path):
     routing = Routing(load_model(write_case(tmp_path, "qwen3_moe", "two_of_eight")))
     routing.counts = {0: torch.tensor([0, 1, 5, 6, 10, 22, 0, 4]), 7: torch.tensor([6] * 8)}  # fair is 6
     lines = routing.picture(80).splitlines()
-    assert "24 tokens, 2 of 8 experts each" in lines[0]
-    assert lines[1:] == ["layer  0 │ ░▒▒▓█ ▒│ busiest  3.7  idle   2", "layer  7 │▒▒▒▒▒▒▒▒│ busiest  1.0  idle   0"]
+    assert "24 tokens, 2 of 8 experts each" in lines[0] and "░ under half" in lines[1]
+    assert lines[2:] == ["layer  0 │ ░▒▒▓█ ▒│ busiest  3.7  idle   2", "layer  7 │▒▒▒▒▒▒▒▒│ busiest  1.0  idle   0"]
     routing.counts = {0: torch.tensor([1] * 64 + [3] * 64)}  # more experts than columns: several share a character
-    first, second = routing.picture(80).splitlines()
+    first, _, second = routing.picture(80).splitlines()
     assert "3 experts a character" in first and re.fullmatch(r"layer  0 │▒{21}▓{22}│ busiest  1.5  idle   0", second)
+    for E in (8, 46, 47, 128, 160):
+        routing.counts = {0: torch.tensor([3] * E)}
+        assert max(map(len, routing.picture(80).splitlines())) <= 80
+    routing.counts = {}
+    assert routing.picture() == "no layer of this model has experts"
 
 
 def test_as_a_process_with_a_wrong_flag():

@@ -1,5 +1,6 @@
 """Router and experts: by hand, three forms of one sum, and what is touched and what is not."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from qwen3_moe import moe
 from qwen3_moe.config import Qwen3MoeConfig
 from qwen3_moe.generate import generate
 from qwen3_moe.moe import Experts, Router, SparseMoeBlock, mix_grouped, mix_stacked, mix_written_out
-from qwen3_moe.weights import bytes_in_memory, bytes_per_token, load_model
+from qwen3_moe.weights import bytes_in_memory, bytes_per_token, load_model, stacks_experts
 from tests.seeded import PROMPT, qwen3_moe_config, qwen3_shapes, write_case, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +141,31 @@ def test_gradients_go_through_the_experts_even_when_they_are_stacked():
     assert block.gate.weight.grad.any()
 
 
+def test_stacks_that_are_no_longer_the_experts_own_are_not_used():
+    block, x = SparseMoeBlock(CONFIG), torch.randn(1, 9, 16)
+    stacked(block.experts)
+    twin = copy.deepcopy(block)
+    for model in (twin, copy.deepcopy(block).double().float()):
+        for weight in model.experts.parameters():
+            weight.data *= 2
+        with torch.inference_mode():
+            expected = model.experts(*(rows := (x[0], *model.gate(x[0]))))
+            assert torch.allclose(mix_written_out(model.experts, *rows), expected, atol=1e-6)
+    with torch.inference_mode():
+        assert torch.allclose(block.double()(x.double()).float(), block.float()(x), atol=1e-5)
+    assert block.experts.gate_up is None  # or a GPU would hold the experts twice
+
+
+@pytest.mark.parametrize("dtype, changes, capability, expected", [
+    (torch.bfloat16, {}, (9, 0), True), (torch.bfloat16, {}, (10, 0), True), (torch.bfloat16, {}, (8, 0), False),
+    (torch.float32, {}, (9, 0), False), (torch.bfloat16, {"moe_intermediate_size": 9}, (9, 0), False),
+    (torch.bfloat16, {"hidden_size": 20}, (9, 0), False)])
+def test_experts_are_stacked_where_the_grouped_product_is_one_kernel(monkeypatch, dtype, changes, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert stacks_experts(config(**changes), torch.device("cuda"), dtype) is expected
+    assert not stacks_experts(CONFIG, torch.device("cpu"), torch.bfloat16)
+
+
 def test_a_token_is_routed_by_itself():
     """The rest of the batch decides in which group it is computed, and not with what result."""
     block, x = SparseMoeBlock(CONFIG), torch.randn(1, 20, 16)
@@ -153,7 +179,7 @@ def test_stacked_experts_load_and_give_the_same_tokens(tmp_path, monkeypatch, na
     """As on a GPU, on the CPU: same names, same numbers, no byte twice."""
     folder = write_case(tmp_path, "qwen3_moe", name)
     plain = load_model(folder)
-    monkeypatch.setattr("qwen3_moe.weights.stacks_experts", lambda device: True)
+    monkeypatch.setattr("qwen3_moe.weights.stacks_experts", lambda *_: True)
     model = load_model(folder)
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
     for (n, ours), theirs in zip(model.named_parameters(), plain.parameters()):
@@ -228,7 +254,9 @@ def test_memory_on_the_cpu_is_what_a_token_needs_and_elsewhere_everything(tmp_pa
     assert weights.check_memory(folder, cpu, None, 10, 100) == f"{total / 1e6:.1f} MB"
     monkeypatch.setattr(weights, "free_memory", lambda device: active + 100)
     assert "experts come from the disk when routed to" in weights.check_memory(folder, cpu, None, 10, 100)
-    for device, dtype in ((torch.device("meta"), None), (cpu, "float32")):  # they have to be copied
+    assert "from the disk" in weights.check_memory(folder, cpu, "float32", 10, 100)  # which is the file's own type
+    for device, dtype, free in ((torch.device("meta"), None, total), (cpu, "bfloat16", total // 2)):  # to be copied
+        monkeypatch.setattr(weights, "free_memory", lambda device: free)
         with pytest.raises(ValueError, match=r"needs 0\.\d MB for weights and 0.0 MB for the cache of 10 tokens, but .* free"):
             weights.check_memory(folder, device, dtype, 10, 100)
     monkeypatch.setattr(weights, "free_memory", lambda device: active)

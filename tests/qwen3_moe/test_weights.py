@@ -22,7 +22,7 @@ def fp8_checkpoint(folder):
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_fp8_experts_give_the_tokens_of_the_expanded_ones(tmp_path, monkeypatch, stacked):
-    monkeypatch.setattr("qwen3_moe.weights.stacks_experts", lambda device: stacked)
+    monkeypatch.setattr("qwen3_moe.weights.stacks_experts", lambda *_: stacked)
     folder = fp8_checkpoint(tmp_path)
     kept, expanded = load_model(folder), load_model(folder, dtype="bfloat16")
     experts = [p for name, p in kept.named_parameters() if ".experts." in name and name.endswith("_proj.weight")]
