@@ -37,14 +37,19 @@ class RMSNorm(nn.Module):
         return self.weight * x32.to(x.dtype)
 
 
+def new_weight(*shape: int) -> nn.Parameter:
+    """Normal numbers of standard deviation 0.02. On the meta device none: there it would take 0.7 ms a weight for nothing."""
+    weight = torch.empty(shape)
+    return nn.Parameter(weight if weight.is_meta else weight.normal_(std=0.02))
+
+
 class Linear(nn.Module):
     """y = x W^T with W (out, in), no bias. W may be FP8 with one scale for each block of weights."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.weight = new_weight(out_features, in_features)
         self.register_parameter("weight_scale_inv", None)  # an FP8 checkpoint has scales to put here
-        nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight_scale_inv is None:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3_moe.config import Qwen3MoeConfig
-from qwen3_moe.layers import MLP, Linear
+from qwen3_moe.layers import MLP, Linear, new_weight
 
 # grouped_mm(rows, matrices, offs): the first offs[0] rows times matrix 0, those up to offs[1] times matrix 1, …
 grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # torch 2.9 has it under the second name only
@@ -32,8 +32,7 @@ class Router(nn.Module):
     def __init__(self, config: Qwen3MoeConfig):
         super().__init__()
         self.active, self.renormalise = config.num_experts_per_tok, config.norm_topk_prob
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        nn.init.normal_(self.weight, std=0.02)
+        self.weight = new_weight(config.num_experts, config.hidden_size)
 
     def scores(self, x: Tensor) -> Tensor:
         """(n, D) -> the probability of each expert, (n, E) float32."""

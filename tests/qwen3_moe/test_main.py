@@ -46,6 +46,14 @@ def test_the_picture_changes_nothing_in_the_answer(capfd):
         assert re.search(r"experts by layer: \d+ tokens, 2 of 8 experts each", err)
 
 
+def test_the_picture_in_the_readme_is_this_one(capfd):
+    assert main(["-m", str(TINY), "--show-experts", "-p", "What is a router?"]) == 0
+    drawn, shown = (re.findall(r"^layer .*$", text, re.M) for text in (capfd.readouterr().err, (ROOT / "qwen3_moe/README.md").read_text()))
+    assert len(drawn) == len(shown) == 5
+    # Another processor may round a token to another expert.
+    assert sum(a == b for ours, theirs in zip(drawn, shown) for a, b in zip(ours, theirs)) >= 0.9 * len("".join(drawn))
+
+
 def test_the_counts_are_those_of_the_router(tmp_path):
     """Prompt and answer but for its last token, which is never fed back; in sparse layers only."""
     folder = write_case(tmp_path, "qwen3_moe", "dense_in_between")
