@@ -71,8 +71,7 @@ class Experts(nn.ModuleList):
 
     def is_stacked(self) -> bool:
         """Whether the stacks are still the experts' own memory; a copy of the model, for one, has new weights."""
-        return (self.gate_up is not None and self[0].gate_proj.weight.data_ptr() == self.gate_up.data_ptr()
-                and self[-1].down_proj.weight.data_ptr() == self.down[-1].data_ptr())
+        return self.gate_up is not None and self[0].gate_proj.weight.data_ptr() == self.gate_up.data_ptr()
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         # The stacks are no parameters: gradients must go through the experts.

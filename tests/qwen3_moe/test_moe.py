@@ -215,9 +215,8 @@ def resident(kind: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
     return int(line.split()[1]) * 1024
 
-warm = load_model(sys.argv[1])  # for what the libraries themselves allocate at first use
-list(generate(warm, [1, 2], max_new_tokens=2))
-del warm
+# What the libraries themselves allocate at first use; with a small model, whose freed memory hides nothing.
+list(generate(load_model(sys.argv[2]), [1, 2], max_new_tokens=2))
 anon, file = resident("RssAnon"), resident("RssFile")
 model = load_model(sys.argv[1])
 routing = Routing(model)
@@ -234,14 +233,16 @@ def test_an_expert_that_is_never_routed_to_is_never_read(tmp_path):
     tensors = {name: torch.randn(shape, dtype=torch.bfloat16) * (1 if len(shape) == 1 else 0.05)
                for name, shape in qwen3_shapes(config).items()}
     folder = write_checkpoint(tmp_path / "made", config, torch.bfloat16, shapes={}, **tensors)
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True, check=True, cwd=ROOT)
+    small = write_checkpoint(tmp_path / "small", qwen3_moe_config(torch_dtype="bfloat16"), torch.bfloat16)
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(folder), str(small)], capture_output=True, text=True, check=True,
+                          cwd=ROOT)
     anonymous, mapped, used = map(int, done.stdout.split())
     size, expert = (folder / "model.safetensors").stat().st_size, 3 * 512 * 512 * 2
     rest = size - 2 * 64 * expert
     assert size > 2e8 and used < 40  # of 128 experts
     assert anonymous < 0.05 * size
     # The kernel maps some pages around the one that was asked for.
-    assert mapped < 1.15 * (rest + used * expert) + 4e6 < 0.4 * size
+    assert mapped < 1.15 * (rest + used * expert) + 8e6 < 0.4 * size
 
 
 def test_memory_on_the_cpu_is_what_a_token_needs_and_elsewhere_everything(tmp_path, monkeypatch):
