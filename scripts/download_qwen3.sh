@@ -7,6 +7,7 @@ command -v uv >/dev/null || { echo "download: uv is missing; get it with 'pip in
 exec uv run --quiet python - "$@" <<'PYTHON'
 import argparse
 import hashlib
+import os
 import re
 import shutil
 import sys
@@ -46,7 +47,7 @@ def choose() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the names and sizes, and get nothing")
     arguments = parser.parse_args()
     if arguments.list:
-        print("\n".join(f"{name:28} {size:5.1f} GB" for name, size in GIGABYTES.items()))
+        print("\n".join(f"{name:28} {size:5.1f} GB" for name, size in GIGABYTES.items()), flush=True)
         sys.exit(0)
     arguments.name = arguments.name.removeprefix(f"{OWNER}/")
     if arguments.name not in GIGABYTES:
@@ -130,6 +131,8 @@ if __name__ == "__main__":
     try:
         arguments = choose()
         download(arguments.name, arguments.revision)
+    except BrokenPipeError:  # whoever reads has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         note("\ndownload: stopped; run this again and it goes on")
         sys.exit(130)

@@ -152,6 +152,22 @@ def test_the_list_of_the_mixtures_of_experts(tmp_path, published_each):
     place.hub.server.shutdown()
 
 
+def test_the_scripts_are_one_but_for_names():
+    """From the imports to the end; what differs stands between PACKAGE and NEEDED."""
+    def common(package: str) -> str:
+        text = (ROOT / f"scripts/download_{package}.sh").read_text()
+        head, rest = text[text.index("import argparse"):].split("PACKAGE, OWNER", 1)
+        return (head + rest[rest.index("NEEDED"):]).replace(f"download_{package}.sh", "download.sh")
+
+    assert len({common(package) for package in PACKAGES}) == 1
+
+
+def test_a_reader_of_the_list_may_leave(place):
+    command = f'bash "{place.root / place.script}" --list | true'
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], env=place.environment, capture_output=True, text=True)
+    assert done.stderr == ""
+
+
 def test_flags(place):
     code, out, _ = place.run("--list")
     assert code == 0 and len(out.splitlines()) == 21 and re.search(r"^Qwen3-0.6B +1.5 GB$", out, re.M)
