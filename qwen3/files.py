@@ -100,19 +100,19 @@ def read_header(path: Path) -> dict[str, Stored]:
         tensors = {}
         for name, entry in header.items():
             shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
-            dtype = STORED.get(entry["dtype"])
-            if dtype is None:
-                break
+            if entry["dtype"] not in STORED:
+                raise NotImplementedError(f"{name} is stored as {entry['dtype']}; known are {', '.join(STORED)}")
+            dtype = STORED[entry["dtype"]]
             if not 0 <= first <= last <= end - 8 - length or last - first != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} is not where the header says")
             tensors[name] = Stored(path, shape, dtype, 8 + length + first, last - first)
-        else:
-            return tensors
+        return tensors
+    except NotImplementedError as error:
+        raise ValueError(f"{path}: {error}") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: truncated or damaged ({error}); download it again") from None
-    raise ValueError(f"{path}: {name} is stored as {entry['dtype']}; known are {', '.join(STORED)}")
 
 
 def files_of_index(index: Path) -> dict[str, set[str]]:

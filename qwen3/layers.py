@@ -157,6 +157,7 @@ class KVCache:
 
     @staticmethod
     def bytes_per_token(config: Qwen3Config, dtype: torch.dtype) -> int:
+        """Of all layers: 2 (keys and values) * L * K * N values."""
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
     @property

@@ -108,7 +108,7 @@ def check_memory(directory: str | Path, device: torch.device, dtype: str | None,
     return gigabytes(weights)
 
 
-def compute_dtype(config: Qwen3Config, files: "CheckpointFiles", dtype: torch.dtype | str | None) -> torch.dtype:
+def compute_dtype(config: Qwen3Config, files: CheckpointFiles, dtype: torch.dtype | str | None) -> torch.dtype:
     """One type for activations, norms and cache, decided once: asked for, or the config's, or the embedding's."""
     dtype = DTYPES.get(dtype, dtype) or config.dtype
     if dtype is None:

@@ -201,7 +201,8 @@ def refuse_what_is_not_computed(fields: Fields) -> None:
     for name, known in (("attention_bias", False), ("qkv_bias", False), ("use_qk_norm", True)):
         if fields.flag(name, known) is not known:
             fields.refuse(name, f"only {str(known).lower()} is known")
-    # The published files carry a window that is switched off; transformers 5 spells the outcome per layer.
+    # The published files carry a window that is switched off; transformers 5 spells the outcome per layer. A size that
+    # is left out is some default and not "no window", which is null.
     layer_types = fields.get("layer_types")
     if layer_types is not None:
         if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
@@ -248,11 +249,9 @@ def read_rope(fields: Fields) -> tuple[float, Yarn | None]:
         raise ValueError(f"{fields.path}: {name} has type 'yarn' but no factor")
     numbers = {key: rope.number(key, zero=key.startswith("mscale")) for key in Yarn.__dataclass_fields__
                if key != "truncate" and rope.get(key) is not None}
-    # A field of this name outside the object goes before the one within; without either, this is no stretched config.
-    original = fields.get("original_max_position_embeddings", numbers.get("original_max_position_embeddings"))
-    original = Fields(fields.path, {"original_max_position_embeddings": original}).whole(
-        "original_max_position_embeddings", fields.whole("max_position_embeddings"))
-    return theta, Yarn(**numbers | {"original_max_position_embeddings": original}, truncate=rope.flag("truncate", True))
+    name = "original_max_position_embeddings"  # outside the object it goes before the one within, as in transformers 5
+    numbers[name] = (rope if fields.get(name) is None else fields).whole(name, fields.whole("max_position_embeddings"))
+    return theta, Yarn(**numbers, truncate=rope.flag("truncate", True))
 
 
 def read_dtype(fields: Fields) -> torch.dtype | None:

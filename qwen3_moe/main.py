@@ -153,7 +153,7 @@ class Conversation:
             self.cache = new_cache(self.model, len(prompt_ids))
         # The rendered history changes behind the last question, since earlier thoughts are left out; what is
         # the same up to there need not be computed again. One token must be, to have logits.
-        self.cached_ids = self.cached_ids[:self.cache.length]  # Ctrl-C may have come between the two
+        self.cached_ids = self.cached_ids[:self.cache.length]  # Ctrl-C may come after the cache is cut, before this is
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.cached_ids, prompt_ids)))
         self.cache.truncate(min(common, len(prompt_ids) - 1))
         speed = Speed(self.model, len(prompt_ids) - self.cache.length)

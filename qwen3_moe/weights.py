@@ -133,7 +133,7 @@ def gigabytes(size: float) -> str:
 def check_memory(directory: str | Path, device: torch.device, dtype: str | None, tokens: int, cache: int) -> str:
     """How large the weights are, in words; ValueError if they and a cache of `cache` bytes do not fit on the device.
 
-    On the CPU weights stay in the file, and what must fit is what a single token reads.
+    On the CPU weights that need no conversion stay in the file, and what must fit is what a single token reads.
     """
     weights, free, files = bytes_in_memory(directory, dtype), free_memory(device), CheckpointFiles(directory)
     compute = compute_dtype(Qwen3MoeConfig.from_checkpoint(directory), files, dtype)
@@ -149,7 +149,7 @@ def check_memory(directory: str | Path, device: torch.device, dtype: str | None,
     return gigabytes(weights)
 
 
-def compute_dtype(config: Qwen3MoeConfig, files: "CheckpointFiles", dtype: torch.dtype | str | None) -> torch.dtype:
+def compute_dtype(config: Qwen3MoeConfig, files: CheckpointFiles, dtype: torch.dtype | str | None) -> torch.dtype:
     """One type for activations, norms and cache, decided once: asked for, or the config's, or the embedding's."""
     dtype = DTYPES.get(dtype, dtype) or config.dtype
     if dtype is None:
@@ -172,7 +172,7 @@ def check_names_and_shapes(model: Qwen3Moe, files: CheckpointFiles) -> list[str]
             expected[f"{name}_scale_inv"] = tuple(math.ceil(n / b) for n, b in zip(expected[name], block))
     found = set(files.tensors)
     if model.lm_head is None and "lm_head.weight" in found:
-        check_tied_head(files)  # Qwen3-0.6B and 1.7B store the copy, 4B does not
+        check_tied_head(files)  # some checkpoints store the copy, others do not
         found.remove("lm_head.weight")
 
     for wrong, what in ((expected.keys() - found, "missing from the checkpoint"),

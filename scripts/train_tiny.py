@@ -50,6 +50,7 @@ QWEN3_MOE = QWEN3 | {
 # package -> the checkpoint's name, its config, the class of the model
 KINDS = {"qwen3": ("Qwen3-Tiny", QWEN3, "Qwen3"), "qwen3_moe": ("Qwen3-MoE-Tiny", QWEN3_MOE, "Qwen3Moe")}
 
+
 class Balance:
     """The load-balancing loss, E · Σ_e f_e · P_e averaged over the layers (arXiv:2101.03961, eq. 4-6).
 
