@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-READMES = [path.relative_to(ROOT) for path in [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))]]
+READMES = [path.relative_to(ROOT) for path in [ROOT / "README.md", *sorted(ROOT.glob("[!.]*/README.md"))]]  # pytest keeps one of its own in .pytest_cache
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 
 
