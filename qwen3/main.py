@@ -24,7 +24,7 @@ from qwen3.files import CheckpointFiles
 from qwen3.generate import check_request, generate, new_cache
 from qwen3.layers import KVCache
 from qwen3.model import Qwen3
-from qwen3.tokenizer import END_THINK, IM_END, THINK, Tokenizer, dropping_newlines
+from qwen3.tokenizer import END_THINK, THINK, Tokenizer, dropping_newlines
 from qwen3.weights import bytes_per_token, check_memory, compute_dtype, find_device, gigabytes, load_model
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
@@ -92,8 +92,7 @@ class Conversation:
     """A loaded model with its tokenizer, the sampling settings, and the cache of what was said so far."""
 
     def __init__(self, arguments: argparse.Namespace):
-        self.arguments = arguments
-        self.folder = find_checkpoint(arguments.model)
+        self.arguments, self.folder = arguments, find_checkpoint(arguments.model)
         self.config = Qwen3Config.from_checkpoint(self.folder)
         self.tokenizer = Tokenizer.from_checkpoint(self.folder)
         self.choose_thinking(arguments.thinking)
@@ -108,7 +107,7 @@ class Conversation:
                  f"-t {self.config.temperature}")
         self.stop_ids = set(self.config.eos_token_id)
         if self.tokenizer.thinking is not None:
-            self.stop_ids.add(self.tokenizer.control_ids[IM_END])
+            self.stop_ids.add(self.tokenizer.end_of_turn)
         self.system, self.cache, self.cached_ids = arguments.system, None, []
 
     def choose_thinking(self, wanted: bool | None) -> None:
@@ -121,7 +120,8 @@ class Conversation:
         """The conversation as ids; ValueError if they leave no room in the context for an answer."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         base = self.tokenizer.thinking is None
-        ids = self.tokenizer.encode(messages[-1]["content"]) if base else self.tokenizer.chat(system + messages, self.thinking)
+        ids = (self.tokenizer.bos_ids + self.tokenizer.encode(messages[-1]["content"]) if base
+               else self.tokenizer.chat(system + messages, self.thinking))
         check_request(self.config, [ids], self.new_tokens(ids), **self.sampling, seed=self.arguments.seed)
         return ids
 
@@ -160,7 +160,7 @@ class Conversation:
                        stop_ids=self.stop_ids, seed=self.arguments.seed, cache=self.cache,
                        progress=lambda done, total: progress("reading prompt token", done, total))
         try:
-            text = self.print_answer(speed.watch(ids))
+            text = self.print_answer(prompt_ids, speed.watch(ids))
         finally:
             self.cached_ids = (prompt_ids + speed.ids)[:self.cache.length]
         if len(speed.ids) == limit:
@@ -168,12 +168,12 @@ class Conversation:
         note(speed.summary())
         return text
 
-    def print_answer(self, ids: Iterator[int]) -> str:
+    def print_answer(self, prompt_ids: list[int], ids: Iterator[int]) -> str:
         control, dim = self.tokenizer.control_ids, ("\033[2m", "\033[0m") if sys.stderr.isatty() else ("", "")
-        first = next(ids, None)
-        opens = self.tokenizer.thinking is not None and first is not None and first == control.get(THINK)
+        think, first = control.get(THINK, -1), next(ids, None)
+        opens = self.tokenizer.thinking is not None and first == think
         ids = ids if opens or first is None else chain([first], ids)
-        if opens or self.tokenizer.thinking == "always":  # there <think> is the end of the prompt
+        if opens or think in prompt_ids[-2:]:  # some formats end the prompt with <think>, or that and a newline
             note(dim[0], end="")
             try:
                 for piece in dropping_newlines(self.tokenizer.stream(takewhile(lambda id: id != control[END_THINK], ids))):

@@ -42,6 +42,8 @@ class Tokenizer:
         self.text.normalizer, self.text.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
         added = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items()}
         self.control_ids = {content: id for id, content in added.items()}
+        self.end_of_turn = self.control_ids.get(IM_END)
+        self.bos_ids: list[int] = []  # Qwen3 has no token that stands before any text
         to_byte = {character: byte for byte, character in enumerate(byte_alphabet())}
         self.bytes_of = {id: content.encode() for id, content in added.items()}
         for token, id in tokenizer.get_vocab(with_added_tokens=False).items():

@@ -57,8 +57,8 @@ def bytes_in_memory(directory: str | Path, dtype: torch.dtype | str | None = Non
     total = 0
     for name, (_, shape, stored, *_) in files.tensors.items():
         is_scale = name.endswith("_scale_inv")
-        if (is_scale and dtype is not None) or (config.tie_word_embeddings and name == "lm_head.weight"):
-            continue  # a scale that was multiplied in, or the embedding once more
+        if (is_scale and dtype is not None) or name in copies(config):
+            continue  # a scale that was multiplied in, or a tensor once more
         total += math.prod(shape) * (stored if dtype is None and (stored == FP8 or is_scale) else compute).itemsize
     return total
 
@@ -130,9 +130,10 @@ def check_names_and_shapes(model: Qwen3, files: CheckpointFiles) -> list[str]:
                 raise ValueError(f"{stored.path}: {name} is FP8, which config.json's quantization_config does not announce")
             expected[f"{name}_scale_inv"] = tuple(math.ceil(n / b) for n, b in zip(expected[name], block))
     found = set(files.tensors)
-    if model.lm_head is None and "lm_head.weight" in found:
-        check_tied_head(files)  # Qwen3-0.6B and 1.7B store the copy, 4B does not
-        found.remove("lm_head.weight")
+    for copy, original in copies(model.config).items():
+        if copy in found and original in found:  # some checkpoints store it, others do not
+            check_copy(files, copy, original)
+            found.remove(copy)
 
     for wrong, what in ((expected.keys() - found, "missing from the checkpoint"),
                         (found - expected.keys(), "in the checkpoint, but the config has no place for it")):
@@ -146,9 +147,13 @@ def check_names_and_shapes(model: Qwen3, files: CheckpointFiles) -> list[str]:
     return list(expected)
 
 
-def check_tied_head(files: CheckpointFiles) -> None:
-    """A stored copy of the embedding may be left out only if it is one; every 997th row is compared."""
-    head, embedding = files.read("lm_head.weight"), files.read("model.embed_tokens.weight")
-    if head.dtype != embedding.dtype or head.shape != embedding.shape or not torch.equal(head[::997], embedding[::997]):
-        raise ValueError(f"{files.tensors['lm_head.weight'].path}: lm_head.weight differs from the embedding, though "
-                         "config.json says tie_word_embeddings")
+def copies(config: Qwen3Config) -> dict[str, str]:
+    """Tensors that are another one once more, and are not loaded: name -> name of the original."""
+    return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+
+
+def check_copy(files: CheckpointFiles, copy: str, original: str) -> None:
+    """A stored copy may be left out only if it is one; every 997th row is compared."""
+    one, other = files.read(copy), files.read(original)
+    if one.dtype != other.dtype or one.shape != other.shape or not torch.equal(one[::997], other[::997]):
+        raise ValueError(f"{files.tensors[copy].path}: {copy} differs from {original}, of which it should be a copy by config.json")

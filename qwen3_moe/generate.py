@@ -23,27 +23,33 @@ PREFILL_CHUNK = 1024
 
 def sample(logits: Tensor, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
            generator: torch.Generator | None = None) -> Tensor:
-    """Choose an id for each row: logits (B, V) -> (B,) int64.
-
-    Temperature 0 takes the likeliest. Otherwise logits are divided by the temperature, all but the top_k
-    likeliest are dropped (None or 0: none are), then all but the smallest set of the likeliest whose
-    probabilities reach top_p (Holtzman et al. 2020, arXiv:1904.09751, section 3.1).
-    """
+    """Choose an id for each row: logits (B, V) -> (B,) int64. Temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
+    probabilities, ids = candidates(logits, temperature, top_k, top_p)
+    choice = torch.multinomial(probabilities, 1, generator=generator)  # normalises by itself
+    return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
+
+
+def candidates(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor | None]:
+    """logits (B, V) -> what may be drawn: probabilities (B, C), not normalised, and their ids (B, C), None for all.
+
+    Logits are divided by the temperature, all but the top_k likeliest are dropped (None or 0: none are), then all
+    but the smallest set of the likeliest whose probabilities reach top_p (Holtzman et al. 2020, arXiv:1904.09751,
+    section 3.1).
+    """
     logits = logits.float()
     # Softmax does not change when all logits shift; with the largest at 0 a tiny temperature cannot overflow (below
     # 1e-38 it would be 0 in float32, and 0/0).
     logits = (logits - logits.max(-1, keepdim=True).values) / max(temperature, 1e-30)
     if not top_k and (top_p is None or top_p == 1):
-        return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+        return logits.softmax(-1), None
     logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # (B, top_k), likeliest first
     probabilities = logits.softmax(-1)
     if top_p is not None:
         before = probabilities.cumsum(-1) - probabilities  # the sum of all likelier ones: 0 for the first, which stays
         probabilities = probabilities.masked_fill(before >= top_p, 0)
-    choice = torch.multinomial(probabilities, 1, generator=generator)  # normalises by itself
-    return ids.gather(-1, choice).squeeze(-1)
+    return probabilities, ids
 
 
 def generate(model: Qwen3Moe, prompt_ids: list[int], *, max_new_tokens: int, temperature: float = 0.0,
@@ -70,7 +76,7 @@ def generate(model: Qwen3Moe, prompt_ids: list[int], *, max_new_tokens: int, tem
 
     @torch.inference_mode()
     def ids() -> Iterator[int]:
-        prompt = torch.tensor([prompt_ids[known:]], device=cache.keys.device)
+        prompt = torch.tensor([prompt_ids[known:]], device=cache.device)
         logits = prefill(model, prompt, cache, progress)
         for count in range(1, max_new_tokens + 1):
             token = sample(logits, temperature, top_k, top_p, generator)  # (1,)
@@ -98,7 +104,7 @@ def generate_batch(model: Qwen3Moe, prompts: list[list[int]], *, max_new_tokens:
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
     cache = new_cache(model, longest + max(max_new_tokens - 1, 0), padding)
-    padded = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts)], device=cache.keys.device)
+    padded = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts)], device=cache.device)
     generator = new_generator(model, seed)
 
     answers: list[list[int]] = [[] for _ in prompts]

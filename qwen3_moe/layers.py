@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen3_moe.config import Qwen3MoeConfig
+from qwen3_moe.config import Qwen3MoeConfig, Yarn
 
 
 class RMSNorm(nn.Module):
@@ -55,9 +55,11 @@ class Linear(nn.Module):
         self.register_parameter("weight_scale_inv", None)  # an FP8 checkpoint has scales to put here
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight_scale_inv is None:
-            return F.linear(x, self.weight)
-        return F.linear(x, dequantize(self.weight, self.weight_scale_inv, x.dtype))
+        return F.linear(x, self.matrix(x.dtype))
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """W (out, in), ready to multiply."""
+        return self.weight if self.weight_scale_inv is None else dequantize(self.weight, self.weight_scale_inv, dtype)
 
 
 def dequantize(weight: Tensor, weight_scale_inv: Tensor, dtype: torch.dtype, block: int = 128) -> Tensor:
@@ -121,16 +123,19 @@ def inverse_frequencies(config: Qwen3MoeConfig) -> tuple[Tensor, float]:
     low, high = max(low, 0), min(high, N - 1)
     high += 0.001 if low == high else 0  # a step instead of a ramp, not a division by zero
     ramp = ((torch.arange(N // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    frequency = 1 / (yarn.factor * period) * ramp + 1 / period * (1 - ramp)
-
-    def mscale(m: float) -> float:  # eq. 22; on cos and sin, so squared in the scores
-        return 0.1 * m * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0
+    keep = 1 - ramp
+    frequency = 1 / (yarn.factor * period) * (1 - keep) + 1 / period * keep  # in transformers' order, to the last bit
 
     if yarn.attention_factor is not None:
         return frequency, yarn.attention_factor
     if yarn.mscale and yarn.mscale_all_dim:
-        return frequency, mscale(yarn.mscale) / mscale(yarn.mscale_all_dim)
-    return frequency, mscale(1.0)
+        return frequency, mscale(yarn, yarn.mscale) / mscale(yarn, yarn.mscale_all_dim)
+    return frequency, mscale(yarn, 1.0)
+
+
+def mscale(yarn: Yarn, m: float) -> float:
+    """YaRN's factor on queries and on keys, so squared in the scores (arXiv:2309.00071, eq. 22)."""
+    return 0.1 * m * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -166,6 +171,10 @@ class KVCache:
     @property
     def capacity(self) -> int:
         return self.keys.shape[3]
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put keys and values (B, K, T, N) behind the last token; return all of the layer's, (B, K, S, N)."""
@@ -209,8 +218,8 @@ def attention_mask(first: int, T: int, padding: Tensor | None, device: torch.dev
     return mask
 
 
-def attention_written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(N)) v; q (B, H, T, N), k and v (B, K, S, N) -> (B, H, T, N). The definition.
+def attention_written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(q k^T * scale) v; q (B, H, T, N), k and v (B, K, S, N) -> (B, H, T, N). The definition.
 
     Grouped queries (arXiv:2305.13245, section 2.2): query head h reads key/value head h // G.
 
@@ -220,19 +229,20 @@ def attention_written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) 
     """
     B, H, T, N = q.shape
     q = q.view(B, k.shape[1], H // k.shape[1], T, N)  # (B, K, G, T, N)
-    scores = torch.einsum("bkgtn,bksn->bkgts", q, k) * N ** -0.5
+    scores = torch.einsum("bkgtn,bksn->bkgts", q, k) * scale
     if mask is not None:
         scores = scores.masked_fill(~(mask if mask.ndim == 2 else mask[:, None]), -torch.inf)
     weights = scores.float().softmax(-1).to(q.dtype)
-    return torch.einsum("bkgts,bksn->bkgtn", weights, v).reshape(B, H, T, N)
+    return torch.einsum("bkgts,bksn->bkgtn", weights, v).flatten(1, 2)  # (B, H, T, N)
 
 
-def attention_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attention_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """The same by PyTorch's fused kernel: no (T, S) scores in memory, K and V never repeated."""
     T, S = q.shape[2], k.shape[2]
     # A whole prompt at once: the kernel that knows the triangle skips the half that a mask would only hide.
     causal = mask is not None and mask.ndim == 2 and T == S
-    return F.scaled_dot_product_attention(q, k, v, None if causal else mask, is_causal=causal, enable_gqa=True)
+    mask = None if causal else mask
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=True)
 
 
 class Attention(nn.Module):
@@ -261,7 +271,7 @@ class Attention(nn.Module):
             k, v = cache.write(self.layer, k, v)  # (B, K, S, N)
         # Apple's fused attention has leaked future tokens and returned NaN, by version of PyTorch.
         attend = attention_written_out if x.device.type == "mps" else attention_fused
-        out = attend(q, k, v, mask)  # (B, H, T, N)
+        out = attend(q, k, v, mask, self.head_dim ** -0.5)  # (B, H, T, N)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
 

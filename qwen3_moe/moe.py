@@ -49,8 +49,8 @@ class Router(nn.Module):
 class Experts(nn.ModuleList):
     """E MLPs. Called with x (n, D) and the router's weights and choices (n, A) each -> (n, D)."""
 
-    def __init__(self, config: Qwen3MoeConfig):
-        super().__init__(MLP(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts))
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
+        super().__init__(MLP(hidden_size, intermediate_size) for _ in range(num_experts))
         self.gate_up = self.down = None  # all experts in two tensors, see `stack`
 
     def stack(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -81,8 +81,8 @@ class Experts(nn.ModuleList):
 
 def mix_written_out(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
     """y = sum over all E experts of weight * expert(x), the weight 0 where it was not chosen. The definition."""
-    every = x.new_zeros(len(x), len(experts)).scatter(1, chosen, weights)  # (n, E)
-    return sum(every[:, e, None] * expert(x) for e, expert in enumerate(experts))
+    every = weights.new_zeros(len(x), len(experts)).scatter(1, chosen, weights)  # (n, E)
+    return sum(every[:, e, None] * expert(x) for e, expert in enumerate(experts)).to(x.dtype)
 
 
 def mix_grouped(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def group_ends(sorted_: Tensor, E: int) -> Tensor:
 def weigh(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     """The experts' rows (n*A, D), sorted by expert -> (n, D): each token's A rows, weighed and added up."""
     rows = rows[order.argsort()].view(*weights.shape, -1)  # (n, A, D)
-    return (rows * weights[..., None]).sum(1)
+    return (rows * weights[..., None]).sum(1).to(rows.dtype)
 
 
 class SparseMoeBlock(nn.Module):
@@ -131,7 +131,7 @@ class SparseMoeBlock(nn.Module):
     def __init__(self, config: Qwen3MoeConfig):
         super().__init__()
         self.gate = Router(config)
-        self.experts = Experts(config)
+        self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
         self.shared_expert = None
         if config.shared_expert_intermediate_size:
             self.shared_expert = MLP(config.hidden_size, config.shared_expert_intermediate_size)

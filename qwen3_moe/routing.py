@@ -36,13 +36,14 @@ class Routing:
         if not self.counts:
             return "no layer of this model has experts"
         E = max(map(len, self.counts.values()))
+        worked = {layer: counts for layer, counts in self.counts.items() if counts.any()}
         columns = max((width or shutil.get_terminal_size().columns) - 34, 16)
         per_character = -(-E // columns)  # experts that share a character
-        tokens = sum(int(counts.sum()) for counts in self.counts.values()) // (self.active * len(self.counts))
+        tokens = sum(int(counts.sum()) for counts in worked.values()) // (self.active * max(len(worked), 1))
         lines = [f"experts by layer: {tokens} tokens, {self.active} of {E} experts each"
                  + (f"; {per_character} experts a character" if per_character > 1 else ""),
                  f"{SHADES[1]} under half the fair share  {SHADES[2]} up to it  {SHADES[3]} up to twice  {SHADES[4]} more"]
-        for layer, counts in self.counts.items():
+        for layer, counts in worked.items():
             load = counts.float() * len(counts) / max(int(counts.sum()), 1)  # 1 is a fair share
             groups = [float(part.mean()) for part in load.split(per_character)]
             cells = "".join(SHADES[0 if g == 0 else 1 if g < 0.5 else 2 if g <= 1 else 3 if g <= 2 else 4] for g in groups)

@@ -124,8 +124,8 @@ def test_both_forms_of_attention_are_the_definition(first, T, padding):
     k, v = (torch.randn(B, 2, S, 8, generator=generator) for _ in "kv")
     mask = attention_mask(first, T, torch.tensor(padding)[:, None] if padding else None, torch.device("cpu"))
     slow = attention_by_loops(q, k, v, mask)
-    assert torch.allclose(attention_written_out(q, k, v, mask), slow, atol=1e-5)
-    assert torch.allclose(attention_fused(q, k, v, mask), slow, atol=1e-5)
+    assert torch.allclose(attention_written_out(q, k, v, mask, 8 ** -0.5), slow, atol=1e-5)
+    assert torch.allclose(attention_fused(q, k, v, mask, 8 ** -0.5), slow, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
@@ -140,9 +140,9 @@ def test_a_model_with_written_out_attention_gives_the_same_logits(monkeypatch, d
 def test_keys_and_values_are_never_repeated(monkeypatch):
     shapes = []
 
-    def spy(q, k, v, mask):
+    def spy(q, k, v, mask, scale):
         shapes.append((q.shape[1], k.shape[1], v.shape[1]))
-        return attention_fused(q, k, v, mask)
+        return attention_fused(q, k, v, mask, scale)
 
     monkeypatch.setattr(layers, "attention_fused", spy)
     Qwen3(CONFIG)(torch.tensor([[1, 2, 3]]))

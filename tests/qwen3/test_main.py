@@ -222,7 +222,7 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_leaves(capfd, monkeypatch):
     printed = module.Conversation.print_answer
     times = []
 
-    def interrupted(self, ids):
+    def interrupted(self, prompt_ids, ids):
         times.append(1)
         if len(times) == 2:
             next(ids), next(ids)

@@ -66,7 +66,7 @@ def test_the_router_takes_its_softmax_in_float32():
 
 def random_case(E: int, A: int, n: int, dtype: torch.dtype, seed: int = 0) -> tuple[Experts, torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    experts = Experts(config(num_experts=E))
+    experts = Experts(E, 16, 8)
     for weight in experts.parameters():
         weight.data = torch.randn(weight.shape, generator=generator).to(dtype) * 0.3
     x, scores = torch.randn(n, 16, generator=generator).to(dtype), torch.rand(n, E, generator=generator)
