@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Gets a published Qwen3-MoE checkpoint into checkpoints/: bash scripts/download_qwen3_moe.sh [NAME] [--revision R] [--list]
+# Gets a published Qwen3-MoE checkpoint into checkpoints/: bash scripts/download_qwen3_moe.sh [NAME] [--yes] [--revision R] [--list]
 # HF_ENDPOINT chooses another hub, HF_TOKEN is sent along. Run it again after an interruption: it goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,7 +13,8 @@ import shutil
 import sys
 from pathlib import Path
 
-PACKAGE, OWNER, DEFAULT, KIND = "qwen3_moe", "Qwen", "Qwen3-30B-A3B", "Qwen3-MoE"
+PACKAGE, DEFAULT, KIND = "qwen3_moe", "Qwen3-30B-A3B", "Qwen3-MoE"
+OWNERS = {"Qwen3": "Qwen"}  # by the first part of the name
 GIGABYTES = {  # about; the hub says exactly
     "Qwen3-30B-A3B": 61.1, "Qwen3-235B-A22B": 470.2, "Qwen3-30B-A3B-Base": 61.1,
     "Qwen3-30B-A3B-Instruct-2507": 61.1, "Qwen3-30B-A3B-Thinking-2507": 61.1,
@@ -25,7 +26,8 @@ GIGABYTES = {  # about; the hub says exactly
     "Qwen3-Coder-480B-A35B-Instruct-FP8": 482.2,
 }
 NEEDED = re.compile(r"(config|generation_config|tokenizer|tokenizer_config|model\.safetensors\.index)\.json"
-                    r"|chat_template\.jinja|[^/]+\.safetensors")
+                    r"|chat_template\.jinja|tiktoken\.model|[^/]+\.safetensors")
+LARGE = 200  # gigabytes, of which one asks first
 
 
 def note(text: str) -> None:
@@ -47,15 +49,23 @@ def choose() -> argparse.Namespace:
     parser = Parser(prog="bash scripts/download_qwen3_moe.sh", description="Get a published checkpoint.", allow_abbrev=False)
     parser.add_argument("name", nargs="?", default=DEFAULT, help=f"default {DEFAULT}")
     parser.add_argument("--revision", help="a branch, tag or commit of the checkpoint")
+    parser.add_argument("--yes", action="store_true", help=f"get it though it has more than {LARGE} GB")
     parser.add_argument("--list", action="store_true", help="print the names and sizes, and get nothing")
     arguments = parser.parse_args()
     if arguments.list:
         print("\n".join(f"{name:28} {size:5.1f} GB" for name, size in GIGABYTES.items()), flush=True)
         sys.exit(0)
-    arguments.name = arguments.name.removeprefix(f"{OWNER}/")
-    if arguments.name not in GIGABYTES:
+    owner, _, name = arguments.name.rpartition("/")
+    if name not in GIGABYTES or owner not in ("", owner_of(name)):
         fail(2, f"{arguments.name} is not a published {KIND}; there are {', '.join(GIGABYTES)}")
+    if GIGABYTES[name] > LARGE and not arguments.yes:
+        fail(2, f"{name} has {GIGABYTES[name]} GB; add --yes if you have the disk and the time for it")
+    arguments.name = name
     return arguments
+
+
+def owner_of(name: str) -> str:
+    return OWNERS[name.partition("-")[0]]
 
 
 def is_whole(path: Path, file) -> bool:
@@ -95,7 +105,7 @@ def download(name: str, revision: str | None) -> None:
     from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError,
                                         RevisionNotFoundError)
 
-    repository, folder = f"{OWNER}/{name}", Path("checkpoints") / name
+    repository, folder = f"{owner_of(name)}/{name}", Path("checkpoints") / name
     try:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
         files = sorted((file for file in info.siblings if NEEDED.fullmatch(file.rfilename)), key=lambda file: file.size)

@@ -1,11 +1,12 @@
 """Writes reference values with transformers: uv run --group reference python scripts/make_reference.py PACKAGE
 
 For small random checkpoints of odd shapes, for the embedded checkpoint and for a full shape (Qwen3-0.6B, or two
-layers of Qwen3-30B-A3B).
+layers of Qwen3-30B-A3B or of DeepSeek-V3).
 The weights come from tests/seeded.py; only results are committed, under tests/<package>/reference/.
 """
 
 import argparse
+import base64
 import json
 import sys
 import tempfile
@@ -14,19 +15,24 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, Qwen2MoeConfig
+from transformers.modeling_layers import MtpLayer
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3RMSNorm, DeepseekV3RotaryEmbedding
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from tests.seeded import CASES, FULL, LONG_PROMPT, PROMPT, write_case, write_checkpoint  # noqa: E402
+from tests.seeded import CASES, FAR, FULL, LONG_PROMPT, PROMPT, write_case, write_checkpoint  # noqa: E402
 
 NEW_TOKENS = 16
 # Greedy tokens are worth comparing only as long as the two best logits are further apart than rounding: logits here
 # reach 6, and between 4 and 8 a bfloat16 moves in steps of 0.03.
 LEAST_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.07}
-TINY = {"qwen3": "Qwen3-Tiny", "qwen3_moe": "Qwen3-MoE-Tiny"}
+TINY = {"qwen3": "Qwen3-Tiny", "qwen3_moe": "Qwen3-MoE-Tiny", "deepseek_v3": "DeepSeek-V3-Tiny"}
 TINY_QUESTIONS = ["What is RoPE?", "What is a router?", "What is 347 + 586?", "Who are you?"]
+TIKTOKEN_TEXTS = ["Hello world", "MLA stores one small latent vector", "  two  spaces\n\n\nand\r\nlines ", "12345 + 678", "你好世界", "中文English混合",
+                  "日本語のテキスト", "it's I'LL don't", "café CAFÉ ÉCOLE", "def f(x):\n    return x", "😀👩‍👩‍👧", "", "a xqzjkvx and xqzjkvxq",
+                  "ǅ ª º ʰ", "한국어", "\t\ttabs", "1234567890"]
 
 
 @torch.inference_mode()
@@ -44,7 +50,7 @@ def greedy(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
 def load(path: Path, dtype: torch.dtype) -> torch.nn.Module:
     """A checkpoint as transformers' model, experts one by one (its grouped kernel wants widths in multiples of 8)."""
     config = json.loads((path / "config.json").read_text())
-    experts = {"experts_implementation": "eager"} if "num_experts" in config else {}
+    experts = {"experts_implementation": "eager"} if "num_experts" in config or "n_routed_experts" in config else {}
     if not config.get("shared_expert_intermediate_size"):
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **experts)
     # Its Qwen3-MoE has no shared expert: its attention is put together with the sparse block of its Qwen2-MoE.
@@ -56,13 +62,41 @@ def load(path: Path, dtype: torch.dtype) -> torch.nn.Module:
         layer.mlp = Qwen2MoeSparseMoeBlock(block).to(dtype)
     tensors = load_file(path / "model.safetensors")
     for i in range(config["num_hidden_layers"]):
-        def stack(kind: str) -> torch.Tensor:
-            return torch.stack([tensors.pop(f"model.layers.{i}.mlp.experts.{e}.{kind}_proj.weight")
-                                for e in range(config["num_experts"])])
-        tensors[f"model.layers.{i}.mlp.experts.gate_up_proj"] = torch.cat([stack("gate"), stack("up")], 1)
-        tensors[f"model.layers.{i}.mlp.experts.down_proj"] = stack("down")
+        stack_experts(tensors, f"model.layers.{i}.mlp.experts", config["num_experts"])
     model.load_state_dict(tensors, strict=True)
     return model.eval()
+
+
+def stack_experts(tensors: dict[str, torch.Tensor], name: str, E: int) -> None:
+    """Experts one by one, as in files, -> the two tensors that transformers keeps them in."""
+    def stack(kind: str) -> torch.Tensor:
+        return torch.stack([tensors.pop(f"{name}.{e}.{kind}_proj.weight") for e in range(E)])
+
+    tensors[f"{name}.gate_up_proj"] = torch.cat([stack("gate"), stack("up")], 1)
+    tensors[f"{name}.down_proj"] = stack("down")
+
+
+@torch.inference_mode()
+def second_token(path: Path, model: torch.nn.Module, prompt: list[int]) -> torch.Tensor:
+    """Logits of the layer behind the last, put together from transformers' own parts: (T - 1, V)."""
+    config, last = model.config, f"model.layers.{model.config.num_hidden_layers}."
+    layer = MtpLayer(config, DeepseekV3DecoderLayer, DeepseekV3RMSNorm, config.num_hidden_layers).to(model.dtype)
+    tensors = {name.removeprefix(last): tensor for name, tensor in load_file(path / "model.safetensors").items()
+               if name.startswith(last)}
+    stack_experts(tensors, "mlp.experts", config.n_routed_experts)
+    for name in list(tensors):
+        if not name.startswith(("enorm", "hnorm", "eh_proj")):
+            tensors["post_norm.weight" if name == "shared_head.norm.weight" else f"mtp_block.{name}"] = tensors.pop(name)
+    layer.load_state_dict(tensors, strict=True)
+    for module in layer.modules():
+        if hasattr(module, "e_score_correction_bias"):
+            module.e_score_correction_bias = torch.nn.Buffer(tensors["mtp_block.mlp.gate.e_score_correction_bias"].float())
+    ids = torch.tensor([prompt])
+    hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1]
+    embedded, positions = model.model.embed_tokens(ids[:, 1:]), torch.arange(len(prompt) - 1)[None]
+    mask = torch.full((1, 1, len(prompt) - 1, len(prompt) - 1), -torch.inf, dtype=model.dtype).triu(1)
+    out = layer(embedded, hidden, model.model.rotary_emb(embedded, positions), mask, positions, None)
+    return model.lm_head(out)[0]
 
 
 def small_cases(folder: Path, package: str) -> tuple[dict, dict]:
@@ -78,6 +112,8 @@ def small_cases(folder: Path, package: str) -> tuple[dict, dict]:
                     logits = model(torch.tensor([prompt]), use_cache=False).logits[0]
                 tensors[f"{name}.{length}.{short}"] = logits[-len(PROMPT):].clone()
                 entry[f"{length}.{short}"] = greedy(model, prompt, NEW_TOKENS)
+                if json.loads((path / "config.json").read_text()).get("num_nextn_predict_layers"):
+                    tensors[f"{name}.{length}.{short}.second"] = second_token(path, model, prompt)[-len(PROMPT):].clone()
     return answers, tensors
 
 
@@ -88,6 +124,34 @@ def written_by_transformers(folder: Path) -> dict:
     return json.loads((folder / "resaved/config.json").read_text())
 
 
+def rotary() -> dict:
+    """Cosines and sines of DeepSeek-V3's positions from the first to the last, by transformers."""
+    published = json.loads((ROOT / "tests/deepseek_v3/published_configs.json").read_text())["DeepSeek-V3"]["config"]
+    config = DeepseekV3Config(**{name: value for name, value in published.items() if name != "quantization_config"})
+    positions = [0, 1, 2, 77, 1000, 4095, 4096, 4097, 20000, 65537, 131071, 163839]
+    cos, sin = DeepseekV3RotaryEmbedding(config)(torch.zeros(1), torch.tensor([positions]))
+    return {"positions": positions, "cos": cos[0, :, :32].tolist(), "sin": sin[0, :, :32].tolist()}
+
+
+def tiktoken_ids() -> dict:
+    """A small vocabulary in the form of tiktoken.model, and what the library tiktoken makes of texts with it."""
+    import tiktoken
+    from tiktoken._educational import SimpleBytePairEncoding
+
+    from deepseek_v3.ranks import PIECES
+    from scripts.tiny_corpus import GLOSSARY_TEXT
+
+    # Python's regex has no &&; the facts say what means the same.
+    pattern = PIECES.replace(r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]", r"(?:(?!\p{Han})[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}])").replace(
+        r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]", r"(?:(?!\p{Han})[\p{Ll}\p{Lm}\p{Lo}\p{M}])")
+    text = GLOSSARY_TEXT + "你好世界，你好。中文English混合 1234567890 it's I'LL café" * 9
+    ranks = SimpleBytePairEncoding.train(text, vocab_size=700, pat_str=pattern).mergeable_ranks
+    ranks[b" xqzjkvx"] = len(ranks)  # no merges lead to it, and tiktoken takes a piece that is a token whole
+    library = tiktoken.Encoding("test", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    return {"ranks": [base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.get)],
+            "ids": {text: library.encode_ordinary(text) for text in TIKTOKEN_TEXTS}}
+
+
 def tiny(folder: Path) -> dict:
     """The embedded checkpoint: rendered prompts and greedy answers of transformers, by question and mode."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -95,7 +159,7 @@ def tiny(folder: Path) -> dict:
     for question in TINY_QUESTIONS:
         for thinking in (True, False):
             text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
-                                                 add_generation_prompt=True, enable_thinking=thinking)
+                                                 add_generation_prompt=True, enable_thinking=thinking, thinking=thinking)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             out = model.generate(torch.tensor([ids]), max_new_tokens=100, do_sample=False)[0].tolist()
             answers[f"{question} {'thinking' if thinking else 'direct'}"] = {"prompt": ids, "new": out[len(ids):]}
@@ -115,6 +179,12 @@ def full_shape(folder: Path, package: str) -> dict:
             best = model(torch.tensor([prompt]), use_cache=False).logits[0, -1].float().topk(5)
         answers[str(dtype).removeprefix("torch.")] = {
             "prompt": prompt, "tokens": tokens, "best": best.indices.tolist(), "logits": best.values.tolist()}
+        if package == "deepseek_v3" and dtype == torch.float32:
+            with torch.inference_mode():
+                # With the mask given; else it takes a jump in the positions for the start of another text.
+                far = model(torch.tensor([prompt]), position_ids=torch.tensor([FAR]), attention_mask=torch.ones(1, len(FAR)),
+                            use_cache=False).logits[0]
+            answers["far"] = {"prompt": prompt, "logits": far[:, ::64].tolist()}
         del model
     return answers
 
@@ -122,18 +192,22 @@ def full_shape(folder: Path, package: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write reference values with transformers.")
     parser.add_argument("package", choices=CASES)
-    parser.add_argument("--only", choices=["small", "tiny", "full"], help="leave the others as they are")
+    parser.add_argument("--only", choices=["small", "tiny", "full", "tiktoken"], help="leave the others as they are")
     arguments = parser.parse_args()
     out = ROOT / "tests" / arguments.package / "reference"
     out.mkdir(parents=True, exist_ok=True)
     versions = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
-    wanted = [arguments.only] if arguments.only else ["small", "tiny", "full"]
+    wanted = [arguments.only] if arguments.only else ["small", "tiny", "full"] + ["tiktoken"] * (arguments.package == "deepseek_v3")
     with tempfile.TemporaryDirectory() as name:
         folder, results = Path(name), {}
         if "small" in wanted:
             answers, tensors = small_cases(folder, arguments.package)
             save_file(tensors, out / "logits.safetensors", metadata=versions)
             results["small"] = {"cases": answers, "config_of_transformers": written_by_transformers(folder)}
+            if arguments.package == "deepseek_v3":
+                results["small"] |= {"rotary": rotary()}
+        if "tiktoken" in wanted:
+            results["tiktoken"] = tiktoken_ids()
         if "tiny" in wanted:
             results["tiny"] = {"answers": tiny(ROOT / "checkpoints" / TINY[arguments.package])}
         if "full" in wanted:

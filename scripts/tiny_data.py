@@ -5,19 +5,23 @@ train_tiny.py trains on it; the words themselves are in tiny_corpus.py.
 
 import random
 from collections.abc import Iterator
+from types import ModuleType
 
 import tokenizers
 import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from qwen3.tokenizer import END_THINK, IM_END, IM_START, THINK, Control, Tokenizer
+from deepseek_v3.tokenizer import ASSISTANT, BOS, EOS, USER
+from qwen3.tokenizer import END_THINK, IM_END, IM_START, THINK
 from scripts.tiny_corpus import (DONT_KNOW, NO_SUMS, ONLY_ADD, TRAIN_PHRASINGS, UNKNOWN_QUESTIONS, ask, glossary, small_talk,
                                  unknown_things)
 
 SEED = 20
 VOCABULARY = 1024
-ENDOFTEXT = "<|endoftext|>"
-PADDING = VOCABULARY - 5  # the id of ENDOFTEXT, which no conversation contains
+ENDOFTEXT, PAD = "<|endoftext|>", "<\uff5c\u2581pad\u2581\uff5c>"
+# package -> its control tokens; the first fills up batches, and no conversation contains it
+CONTROL = {"qwen3": (ENDOFTEXT, IM_START, IM_END, THINK, END_THINK)}
+CONTROL |= {"qwen3_moe": CONTROL["qwen3"], "deepseek_v3": (PAD, BOS, EOS, USER, ASSISTANT, THINK, END_THINK)}
 BATCH, TOKENS = 96, 9600  # rows at most, and tokens at most, of one batch
 
 # As Qwen3's own: contractions, words with a leading space, digits one by one, punctuation, white space.
@@ -25,7 +29,7 @@ PIECES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 # Other programs render conversations with this; it says what the published template says of plain turns.
-CHAT_TEMPLATE = """\
+QWEN3_TEMPLATE = """\
 {%- set ns = namespace(question=-1) %}
 {%- for message in messages %}{% if message.role == 'user' %}{% set ns.question = loop.index0 %}{% endif %}{% endfor %}
 {%- for message in messages %}
@@ -53,6 +57,24 @@ CHAT_TEMPLATE = """\
         {{- '<think>\\n\\n</think>\\n\\n' }}
     {%- endif %}
 {%- endif %}"""
+DEEPSEEK_TEMPLATE = """\
+{{- '<bos>' }}
+{%- set ns = namespace(system=[]) %}
+{%- for message in messages %}{% if message.role == 'system' %}{% set ns.system = ns.system + [message.content] %}{% endif %}{% endfor %}
+{{- ns.system | join('\\n\\n') }}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {{- '<user>' + message.content }}
+    {%- elif message.role == 'assistant' %}
+        {{- '<assistant></think>' + message.content.split('</think>', 1)[-1] + '<eos>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<assistant><think>' if thinking is defined and thinking else '<assistant></think>' }}
+{%- endif %}"""
+for short, name in (("<bos>", BOS), ("<eos>", EOS), ("<user>", USER), ("<assistant>", ASSISTANT)):
+    DEEPSEEK_TEMPLATE = DEEPSEEK_TEMPLATE.replace(short, name)
+TEMPLATES = {"qwen3": QWEN3_TEMPLATE, "qwen3_moe": QWEN3_TEMPLATE, "deepseek_v3": DEEPSEEK_TEMPLATE}
 
 SUM_PHRASINGS = ["What is {a} + {b}?", "{a} + {b}", "{a}+{b}", "What is {a} plus {b}?", "Add {a} and {b}.",
                  "How much is {a} + {b}?", "Compute {a} + {b}.", "{a} + {b} = ?", "Can you add {a} and {b}?",
@@ -114,8 +136,8 @@ class Corpus:
                 return rng.choice(SUM_PHRASINGS).format(a=a, b=b), carry_through(a, b), str(a + b)
 
 
-def train_tokenizer(corpus: Corpus) -> tokenizers.Tokenizer:
-    """Byte-level BPE on the corpus: Qwen3's normaliser, pieces and control tokens with a small vocabulary."""
+def train_tokenizer(corpus: Corpus, package: str) -> tokenizers.Tokenizer:
+    """Byte-level BPE on the corpus: Qwen3's normaliser and pieces, the package's control tokens, a small vocabulary."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -123,8 +145,8 @@ def train_tokenizer(corpus: Corpus) -> tokenizers.Tokenizer:
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
-    control = [AddedToken(text, special=text not in (THINK, END_THINK), normalized=False)
-               for text in (ENDOFTEXT, IM_START, IM_END, THINK, END_THINK)]
+    control = [AddedToken(text, special=text not in (THINK, END_THINK, USER, ASSISTANT), normalized=False)
+               for text in CONTROL[package]]
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - len(control), show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     rng = random.Random(SEED)
@@ -134,8 +156,15 @@ def train_tokenizer(corpus: Corpus) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def examples(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:
-    """(prompt ids, answer ids) without end: both modes, some with a system prompt or earlier turns."""
+def examples(corpus: Corpus, chat: ModuleType, library: tokenizers.Tokenizer) -> Iterator[tuple[list[int], list[int]]]:
+    """(prompt ids, answer ids) without end: both modes, some with a system prompt or earlier turns.
+
+    `chat` is the package's module `tokenizer`.
+    """
+    qwen3 = hasattr(chat, "IM_START")
+    tokenizer = chat.Tokenizer(library, "switch" if qwen3 else "V3.1")
+    think, end_think = chat.Control(THINK), chat.Control(END_THINK)
+    end = chat.Control(IM_END if qwen3 else EOS)
     rng = random.Random(SEED)
     while True:
         messages = []
@@ -147,11 +176,12 @@ def examples(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[list[int], 
         thinking = rng.random() < 0.4
         question, thought, answer = corpus.draw(rng, thinking)
         messages.append({"role": "user", "content": question})
-        opening = [Control(THINK), f"\n{thought}\n", Control(END_THINK), "\n\n"] if thinking else []
-        yield tokenizer.chat(messages, thinking), tokenizer.join([*opening, answer, Control(IM_END)])
+        # Qwen3 opens its think block itself; DeepSeek's prompt has done so.
+        opening = [think, f"\n{thought}\n", end_think, "\n\n"] if qwen3 else [thought, end_think]
+        yield tokenizer.chat(messages, thinking), tokenizer.join([*(opening if thinking else []), answer, end])
 
 
-def batches(stream: Iterator[tuple[list[int], list[int]]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(stream: Iterator[tuple[list[int], list[int]]], padding: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(token ids (B, T), targets (B, T), -100 where nothing is to be learned); rows of like length together."""
     rng = random.Random(SEED)
     while True:
@@ -163,7 +193,7 @@ def batches(stream: Iterator[tuple[list[int], list[int]]]) -> Iterator[tuple[tor
             del rows[-fit:]
         for group in rng.sample(groups, len(groups)):
             T = max(len(prompt) + len(answer) for prompt, answer in group) - 1
-            ids, targets = torch.full((len(group), T), PADDING), torch.full((len(group), T), -100)
+            ids, targets = torch.full((len(group), T), padding), torch.full((len(group), T), -100)
             for row, (prompt, answer) in enumerate(group):
                 whole = torch.tensor(prompt + answer)
                 ids[row, :len(whole) - 1] = whole[:-1]

@@ -1,4 +1,4 @@
-"""Trains the embedded checkpoints: uv run python scripts/train_tiny.py qwen3 | qwen3_moe [--output FOLDER]
+"""Trains the embedded checkpoints: uv run python scripts/train_tiny.py qwen3 | qwen3_moe | deepseek_v3
 
 Real models, a thousandth of the size: they learn the glossary and small talk of tiny_corpus.py and sums of
 numbers up to three digits, answered at once or digit by digit in a think block. Everything is made here, from
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from qwen3.tokenizer import END_THINK, IM_END, Tokenizer  # noqa: E402, I001  before torch: see qwen3/__init__.py
+from qwen3.tokenizer import END_THINK, IM_END  # noqa: E402, I001  before torch: see qwen3/__init__.py
 
 import tokenizers  # noqa: E402
 import torch  # noqa: E402
@@ -25,12 +25,15 @@ import torch.nn.functional as F  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from scripts.tiny_corpus import DONT_KNOW, HELD_OUT_PHRASINGS, TRAIN_PHRASINGS, ask, glossary, unknown_things  # noqa: E402
-from scripts.tiny_data import (CHAT_TEMPLATE, ENDOFTEXT, PADDING, SEED, SUM_PHRASINGS, VOCABULARY, Corpus, batches,  # noqa: E402
-                               examples, is_held_out, train_tokenizer)
+from scripts.tiny_data import (BOS, CONTROL, ENDOFTEXT, EOS, PAD, SEED, SUM_PHRASINGS, TEMPLATES, VOCABULARY, Corpus,  # noqa: E402
+                               batches, examples, is_held_out, train_tokenizer)
 
-STEPS = {"qwen3": 2600, "qwen3_moe": 2000}
-LEARNING_RATE = {"matrices": 1e-2, "others": 3e-3}
-BALANCE = 0.01  # weight of the load-balancing loss
+STEPS = {"qwen3": 2600, "qwen3_moe": 2000, "deepseek_v3": 1900}
+# Of the matrices. DeepSeek-V3 has no norm on queries and keys, and steps as large as Qwen3's let its scores grow too fast.
+LEARNING_RATE = {"qwen3": 1e-2, "qwen3_moe": 1e-2, "deepseek_v3": 4e-3}
+BALANCE = 0.01  # weight of the load-balancing loss of Qwen3-MoE
+BIAS_SPEED = 0.001  # step of the correction bias of DeepSeek-V3 (arXiv:2412.19437, section 2.1.2: gamma)
+MTP = 0.1  # weight of the loss for the token after the next (the same, section 2.2: lambda)
 
 # H * N = 192 is not D = 128, and K < H: whatever takes one for the other breaks on this checkpoint too.
 QWEN3 = {
@@ -47,8 +50,23 @@ QWEN3_MOE = QWEN3 | {
     "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 80, "norm_topk_prob": True,
     "decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False, "router_aux_loss_coef": BALANCE,
 }
+# No two sizes are alike that could be taken for each other; 3 of 8 experts and one shared, chosen from 2 of 4 groups.
+DEEPSEEK_V3 = {
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "vocab_size": VOCABULARY, "hidden_size": 128,
+    "intermediate_size": 272, "moe_intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 6,
+    "num_key_value_heads": 6, "q_lora_rank": 64, "kv_lora_rank": 56, "qk_nope_head_dim": 16, "qk_rope_head_dim": 32,
+    "v_head_dim": 30, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2,
+    "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True, "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1, "moe_layer_freq": 1, "num_nextn_predict_layers": 1, "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": {
+        "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "beta_fast": 32.0, "beta_slow": 1.0,
+        "mscale": 1.0, "mscale_all_dim": 1.0},
+    "tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0,
+    "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16",
+}
 # package -> the checkpoint's name, its config, the class of the model
-KINDS = {"qwen3": ("Qwen3-Tiny", QWEN3, "Qwen3"), "qwen3_moe": ("Qwen3-MoE-Tiny", QWEN3_MOE, "Qwen3Moe")}
+KINDS = {"qwen3": ("Qwen3-Tiny", QWEN3, "Qwen3"), "qwen3_moe": ("Qwen3-MoE-Tiny", QWEN3_MOE, "Qwen3Moe"),
+         "deepseek_v3": ("DeepSeek-V3-Tiny", DEEPSEEK_V3, "DeepseekV3")}
 
 
 class Balance:
@@ -60,48 +78,84 @@ class Balance:
 
     def __init__(self, model: torch.nn.Module):
         self.losses, self.real = [], None
-        for module in model.modules():
-            if type(module).__name__ == "Router":
-                module.register_forward_hook(self.add)
+        for router in routers(model):
+            router.register_forward_hook(self.add)
 
     def add(self, router: torch.nn.Module, inputs: tuple[torch.Tensor], out: tuple[torch.Tensor, torch.Tensor]) -> None:
         scores, chosen = router.scores(inputs[0][self.real]), out[1][self.real]
         share = torch.bincount(chosen.flatten(), minlength=scores.shape[1]) / chosen.numel()
         self.losses.append(scores.shape[1] * (share * scores.mean(0)).sum())
 
-    def of(self, ids: torch.Tensor) -> "Balance":
-        """For a forward of these ids; padding does not count."""
-        self.losses, self.real = [], (ids != PADDING).flatten()
+    def of(self, real: torch.Tensor) -> "Balance":
+        """For a forward of tokens of which these are no padding (B, T)."""
+        self.losses, self.real = [], real.flatten()
         return self
 
     def loss(self) -> torch.Tensor | float:
-        return sum(self.losses) / len(self.losses) if self.losses else 0.0
+        return BALANCE * sum(self.losses) / len(self.losses) if self.losses else 0.0
+
+    def update(self, speed: float) -> None:
+        pass
 
 
-def train(model: torch.nn.Module, stream: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int) -> None:
+class BalanceByBias(Balance):
+    """No loss: after each step the bias of a busy expert goes down and that of an idle one up (arXiv:2408.15664, alg. 1)."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__(model)
+        self.chosen = {}
+
+    def add(self, router: torch.nn.Module, inputs: tuple[torch.Tensor], out: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self.chosen[router] = out[1]
+
+    def update(self, speed: float) -> None:
+        for router, chosen in self.chosen.items():
+            # The layer that looks ahead sees all but the first token of each row.
+            real = self.real if len(chosen) == self.real.numel() else self.real[:, 1:]
+            counts = torch.bincount(chosen[real.flatten()].flatten(), minlength=len(router.weight)).float()
+            router.e_score_correction_bias += speed * (counts.mean() - counts).sign()
+
+    def of(self, real: torch.Tensor) -> "BalanceByBias":
+        self.real = real
+        return self
+
+
+def routers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if type(module).__name__ == "Router"]
+
+
+def train(model: torch.nn.Module, stream: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int, rate: float, padding: int) -> None:
     """Muon for the matrices inside (Moonlight, arXiv:2502.16982), AdamW for the rest; a short warm-up, then down to zero."""
     inside = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
-    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "layers" not in name]
+    others = [p for name, p in model.named_parameters() if p.requires_grad and (p.ndim == 1 or "layers" not in name)]
     optimizers = [
-        torch.optim.Muon(inside, lr=LEARNING_RATE["matrices"], weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=LEARNING_RATE["others"], betas=(0.9, 0.98), weight_decay=0, fused=True)]
+        torch.optim.Muon(inside, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0, fused=True)]
     schedules = [torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 100, (steps - step) / max(steps - 100, 1))) for optimizer in optimizers]
-    started, mean, balance = time.monotonic(), 0.0, Balance(model)
+    predicts_second = hasattr(model, "mtp")
+    balance = (BalanceByBias if predicts_second else Balance)(model)
+    started, mean = time.monotonic(), 0.0
     for step in range(1, steps + 1):
         ids, targets = next(stream)
         wanted = targets != -100
-        balance.of(ids)
+        balance.of(ids != padding)
         with torch.autocast("cpu", torch.bfloat16):  # products in bfloat16, weights and sums in float32
             # The head is applied only where there is something to learn.
-            x = model.model(ids)[wanted]
+            hidden = model.model(ids)
+            x = hidden[wanted]
             logits = model.lm_head(x) if model.lm_head is not None else F.linear(x, model.model.embed_tokens.weight)
             loss = F.cross_entropy(logits, targets[wanted])
+            second = 0.0
+            if predicts_second:
+                ahead = model.model.predict_second(ids[:, 1:], hidden[:, :-1])[wanted[:, 1:]]
+                second = MTP * F.cross_entropy(model.head(ahead), targets[:, 1:][wanted[:, 1:]])
         model.zero_grad()
-        (loss + BALANCE * balance.loss()).backward()
+        (loss + second + balance.loss()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for update in (*optimizers, *schedules):
             update.step()
+        balance.update(BIAS_SPEED * min(1, 2 * (1 - step / steps)))  # slower towards the end
         mean += (loss.item() - mean) / min(step, 50)
         if step % 50 == 0 or step == steps:
             elapsed = time.monotonic() - started
@@ -110,17 +164,24 @@ def train(model: torch.nn.Module, stream: Iterator[tuple[torch.Tensor, torch.Ten
     print(file=sys.stderr)
 
 
-def save(model: torch.nn.Module, tokenizer: tokenizers.Tokenizer, config: dict, folder: Path) -> None:
+def save(model: torch.nn.Module, tokenizer: tokenizers.Tokenizer, package: str, folder: Path) -> None:
     """The five files of a published checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    config = KINDS[package][1]
+    tensors = {name: tensor.detach().to(torch.float32 if name.endswith("_bias") else torch.bfloat16).contiguous()
+               for name, tensor in model.state_dict().items()}
+    if package == "deepseek_v3":  # as in the release, the layer behind the last holds the embedding and the head once more
+        last = f"model.layers.{config['num_hidden_layers']}"
+        tensors[f"{last}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors[f"{last}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(folder / "tokenizer.json"))
-    ends = {"bos_token_id": tokenizer.token_to_id(ENDOFTEXT), "eos_token_id": tokenizer.token_to_id(IM_END)}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": IM_END, "pad_token": ENDOFTEXT,
-                "model_max_length": config["max_position_embeddings"], "chat_template": CHAT_TEMPLATE}
-    generation = {"do_sample": False, "eos_token_id": [ends["eos_token_id"], ends["bos_token_id"]],
-                  "pad_token_id": ends["bos_token_id"]}
+    bos, eos, pad = (BOS, EOS, PAD) if package == "deepseek_v3" else (ENDOFTEXT, IM_END, ENDOFTEXT)
+    ends = {"bos_token_id": tokenizer.token_to_id(bos), "eos_token_id": tokenizer.token_to_id(eos)}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": pad,
+                "model_max_length": config["max_position_embeddings"], "chat_template": TEMPLATES[package]}
+    generation = {"do_sample": False, "eos_token_id": [ends["eos_token_id"], tokenizer.token_to_id(pad)],
+                  "pad_token_id": tokenizer.token_to_id(pad)}
     for name, values in (("config", config | ends), ("tokenizer_config", settings), ("generation_config", generation)):
         (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
@@ -128,7 +189,8 @@ def save(model: torch.nn.Module, tokenizer: tokenizers.Tokenizer, config: dict, 
 def evaluate(package: str, folder: Path) -> dict[str, float]:
     """Shares of exactly right answers of the saved checkpoint, on sums and phrasings that it never saw."""
     model = importlib.import_module(f"{package}.weights").load_model(folder)
-    generate_batch = importlib.import_module(f"{package}.generate").generate_batch
+    generation = importlib.import_module(f"{package}.generate")
+    generate_batch = generation.generate_batch
     tokenizer = importlib.import_module(f"{package}.tokenizer").Tokenizer.from_checkpoint(folder)
     stop_ids = model.config.eos_token_id
 
@@ -138,7 +200,7 @@ def evaluate(package: str, folder: Path) -> dict[str, float]:
             part = questions[first:first + 64]
             prompts = [tokenizer.chat([{"role": "user", "content": question}], thinking) for question, _ in part]
             answers = generate_batch(model, prompts, max_new_tokens=120, stop_ids=stop_ids)
-            texts = [tokenizer.decode(ids).rpartition(f"{END_THINK}\n\n")[2] for ids in answers]
+            texts = [tokenizer.decode(ids).rpartition(END_THINK)[2].lstrip("\n") for ids in answers]
             right += sum(text == answer for text, (_, answer) in zip(texts, part))
         return right / len(questions)
 
@@ -157,12 +219,28 @@ def evaluate(package: str, folder: Path) -> dict[str, float]:
             return {}
         routing = importlib.import_module(f"{package}.routing").Routing(model)
         with torch.inference_mode():
-            for question, answer in sums[3][:100] + sums[2][:100] + words(HELD_OUT_PHRASINGS[:2]):
+            for question, answer in mixed:
                 prompt = tokenizer.chat([{"role": "user", "content": question}], thinking=False)
-                model(torch.tensor([prompt + tokenizer.encode(answer)]))
+                ids = torch.tensor([prompt + tokenizer.encode(answer)])
+                hidden = model.model(ids)
+                if package == "deepseek_v3":
+                    model.mtp(ids[:, 1:], hidden[:, :-1])
         return {"least used expert, of its fair share": min(
             float(counts.min()) * len(counts) / float(counts.sum()) for counts in routing.counts.values())}
 
+    def accepted_drafts() -> dict[str, float]:
+        if package != "deepseek_v3":
+            return {}
+        shares = {}
+        for thinking in (True, False):
+            acceptance = generation.Acceptance()
+            for question, _ in mixed[::4]:
+                prompt = tokenizer.chat([{"role": "user", "content": question}], thinking)
+                list(generation.generate(model, prompt, max_new_tokens=120, stop_ids=stop_ids, speculative=True, acceptance=acceptance))
+            shares[f"drafts accepted, {'thinking' if thinking else 'direct'}"] = acceptance.accepted / acceptance.drafted
+        return shares
+
+    mixed = sums[3][:100] + sums[2][:100] + words(HELD_OUT_PHRASINGS[:2])
     held_out_things = [(ask(phrasing, thing), DONT_KNOW) for phrasing in TRAIN_PHRASINGS[:3] for thing in unknown_things()[1]]
     return {
         "held-out sums, 3 digits, thinking": share(sums[3], True),
@@ -174,7 +252,7 @@ def evaluate(package: str, folder: Path) -> dict[str, float]:
         "glossary, held-out phrasings, direct": share(words(HELD_OUT_PHRASINGS), False),
         "glossary, held-out phrasings, thinking": share(words(HELD_OUT_PHRASINGS), True),
         "says that it does not know, held-out things": share(held_out_things, False),
-    } | least_used_expert()
+    } | least_used_expert() | accepted_drafts()
 
 
 def main() -> None:
@@ -190,18 +268,21 @@ def main() -> None:
         torch.manual_seed(SEED)
         torch.set_num_threads(1)  # sums depend on how they are split: with more threads, other weights
         corpus = Corpus(name, arguments.package)
-        library = train_tokenizer(corpus)
+        library = train_tokenizer(corpus, arguments.package)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(numbers), encoding="utf-8")
         Config = getattr(importlib.import_module(f"{arguments.package}.config"), f"{kind}Config")
         # The gradient of the fused attention takes half of the time on a CPU; at this size the definition is faster.
         layers = importlib.import_module(f"{arguments.package}.layers")
-        layers.attention_fused = layers.attention_written_out
+        attention = importlib.import_module(f"{arguments.package}.mla") if arguments.package == "deepseek_v3" else layers
+        attention.attention_fused = layers.attention_written_out
         model = getattr(importlib.import_module(f"{arguments.package}.model"), kind)(Config.from_checkpoint(folder))
         print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters", file=sys.stderr)
-        train(model, batches(examples(corpus, Tokenizer(library, "switch"))),
-              arguments.steps or STEPS[arguments.package])
-        save(model, library, numbers, folder)
+        chat = importlib.import_module(f"{arguments.package}.tokenizer")
+        padding = library.token_to_id(CONTROL[arguments.package][0])
+        train(model, batches(examples(corpus, chat, library), padding), arguments.steps or STEPS[arguments.package],
+              LEARNING_RATE[arguments.package], padding)
+        save(model, library, arguments.package, folder)
     for what, right in evaluate(arguments.package, folder).items():
         print(f"{right:7.2%}  {what}")
 

@@ -4,7 +4,8 @@ import importlib
 from types import ModuleType
 
 # package -> the class of its model, its embedded checkpoint
-PACKAGES = {"qwen3": ("Qwen3", "Qwen3-Tiny"), "qwen3_moe": ("Qwen3Moe", "Qwen3-MoE-Tiny")}
+PACKAGES = {"qwen3": ("Qwen3", "Qwen3-Tiny"), "qwen3_moe": ("Qwen3Moe", "Qwen3-MoE-Tiny"),
+            "deepseek_v3": ("DeepseekV3", "DeepSeek-V3-Tiny")}
 
 
 def module(package: str, name: str) -> ModuleType:

@@ -60,15 +60,48 @@ def qwen3_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def deepseek_v3_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """The same for DeepSeek-V3's architecture, with the layer behind the last where the config announces it."""
+    D, V, H = config["hidden_size"], config["vocab_size"], config["num_attention_heads"]
+    R, Q, L = config["kv_lora_rank"], config["q_lora_rank"], config["num_hidden_layers"]
+    N, P, M = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    E, F = config["n_routed_experts"], config["moe_intermediate_size"]
+    queries = {"q_proj": (H * (N + P), D)} if Q is None else {
+        "q_a_proj": (Q, D), "q_a_layernorm": (Q,), "q_b_proj": (H * (N + P), Q)}
+    attention = queries | {"kv_a_proj_with_mqa": (R + P, D), "kv_a_layernorm": (R,), "kv_b_proj": (H * (N + M), R), "o_proj": (D, H * M)}
+    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    for layer in range(L + config["num_nextn_predict_layers"]):
+        names = {"input_layernorm": (D,), "post_attention_layernorm": (D,)} | {f"self_attn.{k}": v for k, v in attention.items()}
+        if layer < config["first_k_dense_replace"]:
+            names |= mlp_shapes("mlp", D, config["intermediate_size"])
+        else:
+            names |= {"mlp.gate": (E, D)} | mlp_shapes("mlp.shared_experts", D, F * config["n_shared_experts"])
+            for expert in range(E):
+                names |= mlp_shapes(f"mlp.experts.{expert}", D, F)
+            shapes[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"] = (E,)
+        if layer == L:
+            names |= {"enorm": (D,), "hnorm": (D,), "eh_proj": (D, 2 * D), "shared_head.norm": (D,)}
+        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in names.items()}
+    return shapes if config["tie_word_embeddings"] else shapes | {"lm_head.weight": (V, D)}
+
+
 def write_checkpoint(folder: Path, config: dict, dtype: torch.dtype = torch.float32, std: float = 0.25,
                      shapes: dict[str, tuple[int, ...]] | None = None, **tensors: torch.Tensor) -> Path:
     """config.json and model.safetensors in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    made = {name: seeded_tensor(name, shape, 0.3 if len(shape) == 1 else std, mean=float(len(shape) == 1)).to(dtype)
-            for name, shape in (shapes or qwen3_shapes(config)).items()}
+    made = {}
+    for name, shape in (shapes_of(config) if shapes is None else shapes).items():
+        if name.endswith("_bias"):
+            made[name] = seeded_tensor(name, shape, 0.1)  # float32 whatever the others are
+        else:
+            made[name] = seeded_tensor(name, shape, 0.3 if len(shape) == 1 else std, mean=float(len(shape) == 1)).to(dtype)
     save_file(made | tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def shapes_of(config: dict) -> dict[str, tuple[int, ...]]:
+    return qwen3_shapes(config) if config["model_type"].startswith("qwen3") else deepseek_v3_shapes(config)
 
 
 def qwen3_config(**changes: object) -> dict:
@@ -88,6 +121,23 @@ def qwen3_moe_config(**changes: object) -> dict:
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "tie_word_embeddings": False, "num_experts": 8,
         "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True, "decoder_sparse_step": 1,
         "mlp_only_layers": [], "output_router_logits": False, "router_aux_loss_coef": 0.001} | changes)
+
+
+def deepseek_v3_config(**changes: object) -> dict:
+    """A small DeepSeek-V3 in the published generation of names; no two sizes are alike that could be mistaken."""
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "vocab_size": 131, "hidden_size": 40,
+        "intermediate_size": 56, "moe_intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3,
+        "num_key_value_heads": 3, "q_lora_rank": 28, "kv_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8,
+        "v_head_dim": 14, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 3, "n_group": 4,
+        "topk_group": 2, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5, "first_k_dense_replace": 1, "moe_layer_freq": 1, "num_nextn_predict_layers": 1,
+        "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000, "rope_scaling": {
+            "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 32, "beta_slow": 1,
+            "mscale": 1.0, "mscale_all_dim": 1.0},
+        "tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0,
+        "torch_dtype": "float32", "eos_token_id": None, "bos_token_id": None,
+    } | changes
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -116,6 +166,26 @@ QWEN3_MOE_CASES = {
     "shared_expert": {"shared_expert_intermediate_size": 20, "norm_topk_prob": False},
 }
 
+DEEPSEEK_YARN = deepseek_v3_config()["rope_scaling"]
+DEEPSEEK_V3_CASES = {
+    "yarn": {},
+    "moonlight": {"q_lora_rank": None, "rope_scaling": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 2,
+                  "rms_norm_eps": 1e-3, "rope_theta": 50000.0, "num_nextn_predict_layers": 0},
+    "kimi": {"n_group": 1, "topk_group": 1, "n_routed_experts": 13, "num_nextn_predict_layers": 0, "rope_theta": 50000.0,
+             "rope_scaling": DEEPSEEK_YARN | {"beta_fast": 1.0, "beta_slow": 1.0}},
+    "two_large_groups": {"n_routed_experts": 10, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 4},
+    "three_groups": {"n_routed_experts": 9, "n_group": 3, "num_experts_per_tok": 5, "num_hidden_layers": 2},
+    "negative_biases": {"num_experts_per_tok": 4},  # every score that chooses is below 0, see `write_case`
+    "one_expert_not_normalised": {"num_experts_per_tok": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.7},
+    "three_not_normalised": {"norm_topk_prob": False, "first_k_dense_replace": 0, "q_lora_rank": None},
+    "mscales_differ": {"rope_scaling": DEEPSEEK_YARN | {"factor": 8.0, "mscale": 0.6, "mscale_all_dim": 1.3}},
+    "one_mscale": {"rope_scaling": {k: v for k, v in DEEPSEEK_YARN.items() if k != "mscale"} | {"mscale_all_dim": 0.7}},
+    "no_mscale": {"rope_scaling": YARN, "qk_rope_head_dim": 12, "num_attention_heads": 1, "num_key_value_heads": 1},
+    "wide_values": {"v_head_dim": 26, "qk_nope_head_dim": 6, "kv_lora_rank": 44, "q_lora_rank": 9},
+    "half_split": {"rope_interleave": False, "tie_word_embeddings": True},
+    "dense_but_for_the_draft": {"first_k_dense_replace": 3, "num_hidden_layers": 3},
+}
+
 
 def tied_pairs(config: dict) -> dict[str, torch.Tensor]:
     """Experts in pairs of one weight and one row in the router: whichever of a pair is chosen, the result is the same."""
@@ -133,11 +203,16 @@ def write_case(folder: Path, package: str, name: str) -> Path:
     """The checkpoint of one of the cases above."""
     if package == "qwen3":
         return write_checkpoint(folder, qwen3_config(**QWEN3_CASES[name]))
+    if package == "deepseek_v3":
+        config = deepseek_v3_config(**DEEPSEEK_V3_CASES[name])
+        below = {tensor: seeded_tensor(tensor, shape, 0.1, mean=-3.0) for tensor, shape in deepseek_v3_shapes(config).items()
+                 if tensor.endswith("_bias") and name == "negative_biases"}
+        return write_checkpoint(folder, config, **below)
     config = qwen3_moe_config(**QWEN3_MOE_CASES[name])
     return write_checkpoint(folder, config, **(tied_pairs(config) if name == "ties" else {}))
 
 
-CASES = {"qwen3": QWEN3_CASES, "qwen3_moe": QWEN3_MOE_CASES}
+CASES = {"qwen3": QWEN3_CASES, "qwen3_moe": QWEN3_MOE_CASES, "deepseek_v3": DEEPSEEK_V3_CASES}
 PROMPT = [7, 3, 99, 130, 0, 41, 41, 5, 17, 88, 62, 12]
 LONG_PROMPT = [(i * i + 3 * i) % 131 for i in range(100)]  # beyond the 32 positions that YARN says were trained
 
@@ -150,5 +225,15 @@ QWEN3_30B_A3B_PAIR = qwen3_moe_config(vocab_size=4096, hidden_size=2048, interme
                                       num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128,
                                       num_experts_per_tok=8, moe_intermediate_size=768, max_position_embeddings=40960,
                                       max_window_layers=48, torch_dtype="bfloat16")
+# A dense and a sparse layer of DeepSeek-V3's width, with fewer experts and a smaller vocabulary: 1.1 billion weights.
+DEEPSEEK_V3_PAIR = deepseek_v3_config(
+    vocab_size=4096, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=2,
+    num_attention_heads=128, num_key_value_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128,
+    qk_rope_head_dim=64, v_head_dim=128, n_routed_experts=8, num_experts_per_tok=3, first_k_dense_replace=1,
+    num_nextn_predict_layers=0, max_position_embeddings=163840, torch_dtype="bfloat16", rope_scaling={
+        "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
+        "mscale": 1.0, "mscale_all_dim": 1.0})
+# Positions for a prompt of twelve tokens, from the first to the last that DeepSeek-V3 knows; 4096 were trained unstretched.
+FAR = [0, 3, 77, 4095, 4096, 4097, 5000, 20000, 65537, 131071, 163000, 163839]
 # package -> a full shape, and what spreads the prompt's ids over its vocabulary
-FULL = {"qwen3": (QWEN3_0_6B, 1009), "qwen3_moe": (QWEN3_30B_A3B_PAIR, 31)}
+FULL = {"qwen3": (QWEN3_0_6B, 1009), "qwen3_moe": (QWEN3_30B_A3B_PAIR, 31), "deepseek_v3": (DEEPSEEK_V3_PAIR, 31)}

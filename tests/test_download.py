@@ -14,15 +14,18 @@ import torch
 
 from tests.hub import COMMIT, Hub
 from tests.packages import PACKAGES, module
-from tests.seeded import qwen3_config, qwen3_moe_config, write_checkpoint
+from tests.deepseek_v3.test_ranks import N, write as write_moonlight
+from tests.seeded import deepseek_v3_config, qwen3_config, qwen3_moe_config, write_checkpoint
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "checkpoints/Qwen3-Tiny"
-NAMES = {"qwen3": "Qwen3-0.6B", "qwen3_moe": "Qwen3-30B-A3B"}
+NAMES = {"qwen3": "Qwen3-0.6B", "qwen3_moe": "Qwen3-30B-A3B", "deepseek_v3": "Moonlight-16B-A3B-Instruct"}
+OWNERS = {"qwen3": "Qwen", "qwen3_moe": "Qwen", "deepseek_v3": "moonshotai"}
 NAME = NAMES["qwen3"]
 CONFIGS = {  # of more than the 10 MB that the library takes at a time
     "qwen3": qwen3_config(vocab_size=1024, hidden_size=512, intermediate_size=2048),
     "qwen3_moe": qwen3_moe_config(vocab_size=1024, hidden_size=512, moe_intermediate_size=256),
+    "deepseek_v3": deepseek_v3_config(hidden_size=512, intermediate_size=2048, num_nextn_predict_layers=0),
 }
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
@@ -32,9 +35,13 @@ def published_each(tmp_path_factory) -> dict[str, Path]:
     """A checkpoint of each package, with files that nobody needs."""
     folders = {package: tmp_path_factory.mktemp(package) for package in PACKAGES}
     for package, folder in folders.items():
-        write_checkpoint(folder, CONFIGS[package], torch.bfloat16)
-        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-            shutil.copy(TINY / name, folder)
+        if package == "deepseek_v3":  # tiktoken.model instead of tokenizer.json
+            write_moonlight(folder)
+            write_checkpoint(folder, CONFIGS[package] | {"vocab_size": N + 256, "eos_token_id": N + 2}, torch.bfloat16)
+        else:
+            write_checkpoint(folder, CONFIGS[package], torch.bfloat16)
+            for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+                shutil.copy(TINY / name, folder)
         (folder / "README.md").write_text("not needed")
         (folder / "pytorch_model.bin").write_bytes(b"not wanted")
     return folders
@@ -50,7 +57,7 @@ class Place:
 
     def __init__(self, root: Path, published: Path, package: str = "qwen3"):
         self.name, self.script = NAMES[package], f"scripts/download_{package}.sh"
-        self.root, self.hub, self.folder = root, Hub(published, f"Qwen/{self.name}"), root / "checkpoints" / self.name
+        self.root, self.hub, self.folder = root, Hub(published, f"{OWNERS[package]}/{self.name}"), root / "checkpoints" / self.name
         for part in ("scripts", "bin"):
             (root / part).mkdir()
         shutil.copy(ROOT / self.script, root / "scripts")
@@ -97,12 +104,13 @@ def test_a_whole_download_is_loaded_and_run(tmp_path, published_each, package):
 
     # Again: all is there and whole, nothing is sent. One file damaged on the disk: only that one.
     place.hub.log.clear()
-    assert place.run(f"Qwen/{place.name}")[0] == 0 and place.transfers() == []
-    tokens = (place.folder / "tokenizer.json").read_bytes()
-    (place.folder / "tokenizer.json").write_bytes(tokens[:-1] + b" ")
+    assert place.run(f"{OWNERS[package]}/{place.name}")[0] == 0 and place.transfers() == []
+    name = "tiktoken.model" if package == "deepseek_v3" else "tokenizer.json"
+    tokens = (place.folder / name).read_bytes()
+    (place.folder / name).write_bytes(tokens[:-1] + b" ")
     assert place.run("--revision", "v1")[0] == 0
-    assert [file for file, _ in place.transfers()] == ["tokenizer.json"]
-    assert (place.folder / "tokenizer.json").read_bytes() == tokens
+    assert [file for file, _ in place.transfers()] == [name]
+    assert (place.folder / name).read_bytes() == tokens
     place.hub.server.shutdown()
 
 
@@ -152,11 +160,25 @@ def test_the_list_of_the_mixtures_of_experts(tmp_path, published_each):
     place.hub.server.shutdown()
 
 
+def test_large_ones_ask_first(tmp_path, published_each):
+    place = Place(tmp_path, published_each["deepseek_v3"], "deepseek_v3")
+    code, out, _ = place.run("--list")
+    assert code == 0 and re.search(r"^Moonlight-16B-A3B-Instruct +31.9 GB$", out, re.M) and re.search(r"^DeepSeek-R1 +688.6 GB$", out, re.M)
+    for name in ("DeepSeek-V3", "deepseek-ai/DeepSeek-R1", "moonshotai/Kimi-K2-Instruct"):
+        code, out, err = place.run(name)
+        assert code == 2 and out == "" and re.search(r"has (688.6|1029.2) GB; add --yes", err) and place.hub.log == []
+    code, _, err = place.run("DeepSeek-V3", "--yes")
+    assert code == 1 and "has no deepseek-ai/DeepSeek-V3" in err  # asked for, and not on this hub
+    for name in ("deepseek-ai/Moonlight-16B-A3B", "DeepSeek-R1-Distill-Qwen-7B"):
+        assert place.run(name)[0] == 2
+    place.hub.server.shutdown()
+
+
 def test_the_scripts_are_one_but_for_names():
     """From the imports to the end; what differs stands between PACKAGE and NEEDED."""
     def common(package: str) -> str:
         text = (ROOT / f"scripts/download_{package}.sh").read_text()
-        head, rest = text[text.index("import argparse"):].split("PACKAGE, OWNER", 1)
+        head, rest = text[text.index("import argparse"):].split("PACKAGE, DEFAULT", 1)
         return (head + rest[rest.index("NEEDED"):]).replace(f"download_{package}.sh", "download.sh")
 
     assert len({common(package) for package in PACKAGES}) == 1

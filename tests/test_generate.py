@@ -11,6 +11,11 @@ from tests.packages import PACKAGES, module as module_of
 NUMBERS = dict(vocab_size=61, hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=6,
                num_key_value_heads=2, head_dim=8, max_position_embeddings=128, rms_norm_eps=1e-6, rope_theta=1e4)
 EXPERTS = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True)
+LATENT = dict(vocab_size=61, hidden_size=24, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=3, num_attention_heads=3,
+              q_lora_rank=14, kv_lora_rank=18, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=8, n_routed_experts=8,
+              n_shared_experts=1, num_experts_per_tok=3, n_group=4, topk_group=2, norm_topk_prob=True, routed_scaling_factor=2.5,
+              first_k_dense_replace=1, num_nextn_predict_layers=1, max_position_embeddings=128, rms_norm_eps=1e-6, rope_theta=1e4)
+EACH = {"qwen3": NUMBERS, "qwen3_moe": NUMBERS | EXPERTS, "deepseek_v3": LATENT}
 PROMPT = [5, 17, 3, 44, 44, 9, 60, 0, 21, 8, 33]
 
 
@@ -24,15 +29,20 @@ def module(package):
     return module_of(package, "generate")
 
 
-@pytest.fixture(scope="module")
-def model(package) -> torch.nn.Module:
+def made(package: str) -> torch.nn.Module:
+    """A small model with weights larger than at the start of training, so that tokens depend on the context."""
     kind = PACKAGES[package][0]
-    config = getattr(module_of(package, "config"), f"{kind}Config")(**NUMBERS | (EXPERTS if "moe" in package else {}))
+    config = getattr(module_of(package, "config"), f"{kind}Config")(**EACH[package])
     torch.manual_seed({"qwen3": 1}.get(package, 5))
     model = getattr(module_of(package, "model"), kind)(config).eval()
-    for weight in model.parameters():  # larger than at the start of training, so that tokens depend on the context
-        weight.data *= 14 if weight.ndim == 2 else 1
+    for weight in model.parameters():
+        weight.data *= {1: 1, 2: 14}[weight.ndim]
     return model
+
+
+@pytest.fixture(scope="module")
+def model(package) -> torch.nn.Module:
+    return made(package)
 
 
 @torch.inference_mode()

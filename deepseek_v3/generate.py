@@ -1,0 +1,191 @@
+"""6. The loop: logits -> next id, again and again. Ids only; text is the tokenizer's business.
+
+    prompt ids ── prefill, in chunks ──> logits of the last position ── sample ──> id ──┐
+                                             ^                                          │ until a stop id
+                                             └────────── decode: one token ─────────────┘ or max_new_tokens
+
+Prefill works on many tokens at once and is bound by arithmetic; decode reads every weight for one token and
+is bound by memory bandwidth. Where the checkpoint can draft, a step may give two tokens: see speculative.py.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepseek_v3.config import DeepseekV3Config
+from deepseek_v3.layers import KVCache
+from deepseek_v3.model import DeepseekV3
+from deepseek_v3.speculative import Acceptance, speculate
+
+# A prompt is fed in pieces, so that MLP activations and mask take memory for one piece, not for all of it.
+PREFILL_CHUNK = 1024
+
+
+def sample(logits: Tensor, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
+           generator: torch.Generator | None = None) -> Tensor:
+    """Choose an id for each row: logits (B, V) -> (B,) int64. Temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities, ids = candidates(logits, temperature, top_k, top_p)
+    choice = torch.multinomial(probabilities, 1, generator=generator)  # normalises by itself
+    return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
+
+
+def candidates(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor | None]:
+    """logits (B, V) -> what may be drawn: probabilities (B, C), not normalised, and their ids (B, C), None for all.
+
+    Logits are divided by the temperature, all but the top_k likeliest are dropped (None or 0: none are), then all
+    but the smallest set of the likeliest whose probabilities reach top_p (Holtzman et al. 2020, arXiv:1904.09751,
+    section 3.1).
+    """
+    logits = logits.float()
+    # Softmax does not change when all logits shift; with the largest at 0 a tiny temperature cannot overflow (below
+    # 1e-38 it would be 0 in float32, and 0/0).
+    logits = (logits - logits.max(-1, keepdim=True).values) / max(temperature, 1e-30)
+    if not top_k and (top_p is None or top_p == 1):
+        return logits.softmax(-1), None
+    logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # (B, top_k), likeliest first
+    probabilities = logits.softmax(-1)
+    if top_p is not None:
+        before = probabilities.cumsum(-1) - probabilities  # the sum of all likelier ones: 0 for the first, which stays
+        probabilities = probabilities.masked_fill(before >= top_p, 0)
+    return probabilities, ids
+
+
+def distribution(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """logits (B, V) -> the probabilities (B, V) with which `sample` chooses."""
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    probabilities, ids = candidates(logits, temperature, top_k, top_p)
+    probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    return probabilities if ids is None else torch.zeros_like(logits, dtype=torch.float32).scatter(-1, ids, probabilities)
+
+
+def generate(model: DeepseekV3, prompt_ids: list[int], *, max_new_tokens: int, temperature: float = 0.0,
+             top_k: int | None = None, top_p: float | None = None, stop_ids: Collection[int] = (),
+             seed: int | None = None, cache: KVCache | None = None,
+             progress: Callable[[int, int], None] | None = None, speculative: bool = False,
+             acceptance: Acceptance | None = None) -> Iterator[int]:
+    """Yield new ids one by one; a stop id ends the sequence and is not yielded.
+
+    A `cache` that already holds the first tokens of the prompt saves computing them again; afterwards it
+    holds all tokens but the last. `progress(done, total)` is called during prefill. `speculative` gives the same
+    tokens in fewer steps, counts in `acceptance`, and may leave the last token and a stop id in the cache.
+    Raises ValueError at once, before anything is computed, for a request that cannot be met.
+    """
+    check_request(model.config, [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed)
+    known = cache.length if cache is not None else 0
+    if known >= len(prompt_ids):
+        raise ValueError(f"the cache holds {known} tokens, the prompt has {len(prompt_ids)}: nothing is left to compute")
+    if max_new_tokens == 0:
+        return iter(())
+    capacity = len(prompt_ids) + max_new_tokens - 1  # the last new token is never fed back
+    if cache is None:
+        cache = new_cache(model, capacity)
+    generator = new_generator(model, seed)
+    if speculative:
+        if not model.config.num_nextn_predict_layers:
+            raise ValueError("this checkpoint has no layer that predicts a second token; leave out --speculative")
+        return speculate(model, prompt_ids, max_new_tokens, partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p),
+                         generator, stop_ids, cache, acceptance or Acceptance(), PREFILL_CHUNK, progress)
+    cache.reserve(capacity)
+
+    @torch.inference_mode()
+    def ids() -> Iterator[int]:
+        prompt = torch.tensor([prompt_ids[known:]], device=cache.device)
+        logits = prefill(model, prompt, cache, progress)
+        for count in range(1, max_new_tokens + 1):
+            token = sample(logits, temperature, top_k, top_p, generator)  # (1,)
+            if int(token) in stop_ids:
+                return
+            yield int(token)
+            if count < max_new_tokens:
+                logits = model(token[:, None], cache, last_only=True)[:, -1]
+
+    return ids()
+
+
+@torch.inference_mode()
+def generate_batch(model: DeepseekV3, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 0.0,
+                   top_k: int | None = None, top_p: float | None = None, stop_ids: Collection[int] = (),
+                   seed: int | None = None) -> list[list[int]]:
+    """New ids for each of several prompts of any lengths, computed together; each ends on its own.
+
+    Prompts are padded on the left, so that all of them end, and go on, in the same slot of the cache.
+    Raises ValueError before anything is computed for a request that cannot be met.
+    """
+    if not prompts:
+        return []
+    check_request(model.config, prompts, max_new_tokens, temperature, top_k, top_p, seed)
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    cache = new_cache(model, longest + max(max_new_tokens - 1, 0), padding)
+    padded = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts)], device=cache.device)
+    generator = new_generator(model, seed)
+
+    answers: list[list[int]] = [[] for _ in prompts]
+    unfinished = set(range(len(prompts)))
+    for count in range(max_new_tokens):
+        logits = prefill(model, padded, cache) if count == 0 else model(tokens[:, None], cache, last_only=True)[:, -1]
+        tokens = sample(logits, temperature, top_k, top_p, generator)  # (B,)
+        for row, token in enumerate(tokens.tolist()):
+            if token in stop_ids:
+                unfinished.discard(row)
+            elif row in unfinished:
+                answers[row].append(token)
+        if not unfinished:
+            break
+    return answers
+
+
+def prefill(model: DeepseekV3, token_ids: Tensor, cache: KVCache,
+            progress: Callable[[int, int], None] | None = None) -> Tensor:
+    """Put (B, T) tokens into the cache; return the logits of the last one, (B, V)."""
+    T = token_ids.shape[1]
+    for start in range(0, T, PREFILL_CHUNK):
+        chunk = token_ids[:, start:start + PREFILL_CHUNK]
+        if start + PREFILL_CHUNK < T:
+            model.model(chunk, cache)  # no head: nobody asks what follows in the middle of a prompt
+        else:
+            logits = model(chunk, cache, last_only=True)[:, -1]
+        if progress:
+            progress(min(start + PREFILL_CHUNK, T), T)
+    return logits
+
+
+def new_cache(model: DeepseekV3, capacity: int, padding: list[int] | None = None) -> KVCache:
+    """An empty cache of the activations' type on the model's device."""
+    like = model.model.norm.weight  # never FP8
+    return KVCache(model.config, capacity, like.dtype, like.device, padding)
+
+
+def new_generator(model: DeepseekV3, seed: int | None) -> torch.Generator:
+    generator = torch.Generator(model.model.norm.weight.device)
+    generator.seed() if seed is None else generator.manual_seed(seed)
+    return generator
+
+
+def check_request(config: DeepseekV3Config, prompts: list[list[int]], max_new_tokens: int, temperature: float,
+                  top_k: int | None, top_p: float | None, seed: int | None) -> None:
+    """ValueError for what `generate` could not do; cheap, so that it can be asked before a model is loaded."""
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 0 or more")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}, expected 0 (greedy) or more")
+    if top_k is not None and top_k < 0:
+        raise ValueError(f"top_k is {top_k}, expected 1 or more (or 0 for no limit)")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}, expected more than 0 and at most 1")
+    if seed is not None and not -2**63 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}, expected a number of 64 bits")
+    for prompt in prompts:
+        if not prompt:
+            raise ValueError("a prompt is empty; the model needs at least one token to go on from")
+        if wrong := [token for token in prompt if not 0 <= token < config.vocab_size]:
+            raise ValueError(f"token id {wrong[0]} is outside the vocabulary of {config.vocab_size}")
+        if len(prompt) + max_new_tokens > config.context_length:
+            raise ValueError(f"{len(prompt)} prompt tokens and {max_new_tokens} new ones exceed the context of "
+                             f"{config.context_length} tokens")

@@ -1,0 +1,266 @@
+"""3. The building blocks: RMSNorm, rotary position embedding, the latent cache, attention, SwiGLU.
+
+New against Qwen3: rotated pairs are neighbours, and the cache keeps one short vector for each token instead of keys
+and values. Multi-head latent attention, which makes keys and values of it, has its own file, mla.py.
+
+One alphabet of dimensions, for every shape note and einsum:
+
+    B batch      T new tokens     S all tokens so far, cached and new     D hidden size     V vocabulary
+    H heads      R latent rank (kv_lora_rank)      N head size without position (qk_nope_head_dim)      F MLP size
+    P the part of a head that has a position (qk_rope_head_dim)     M head size of a value (v_head_dim)
+    E experts    A experts active for a token
+    In the functions that all packages share K is the number of key/value heads, and N the size of a head.
+
+Papers: RMSNorm (arXiv:1910.07467), RoPE (arXiv:2104.09864), YaRN (arXiv:2309.00071), SwiGLU (arXiv:2002.05202),
+latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1), DeepSeek-V3 (arXiv:2412.19437).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepseek_v3.config import DeepseekV3Config, Yarn
+
+
+class RMSNorm(nn.Module):
+    """y = w * x / sqrt(mean(x^2) + eps) over the last axis (arXiv:1910.07467, eq. 4). Shape unchanged."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In float32, since squares overflow float16 and sums lose bits in bfloat16; back to the type of x
+        # before the weight, since the checkpoints were trained with that rounding.
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+def new_weight(*shape: int) -> nn.Parameter:
+    """Normal numbers of standard deviation 0.02. On the meta device none: there it would take 0.7 ms a weight for nothing."""
+    weight = torch.empty(shape)
+    return nn.Parameter(weight if weight.is_meta else weight.normal_(std=0.02))
+
+
+class Linear(nn.Module):
+    """y = x W^T with W (out, in), no bias. W may be FP8 with one scale for each block of weights."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = new_weight(out_features, in_features)
+        self.register_parameter("weight_scale_inv", None)  # an FP8 checkpoint has scales to put here
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix(x.dtype))
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """W (out, in), ready to multiply."""
+        return self.weight if self.weight_scale_inv is None else dequantize(self.weight, self.weight_scale_inv, dtype)
+
+
+def dequantize(weight: Tensor, weight_scale_inv: Tensor, dtype: torch.dtype, block: int = 128) -> Tensor:
+    """FP8 (O, I) and scales (ceil(O/block), ceil(I/block)) -> weights (O, I).
+
+    Multiplied, whatever the name says: the file stores the inverse of the scale that was divided by
+    (DeepSeek-V3, arXiv:2412.19437, section 3.3). In float32, then rounded once.
+    """
+    rows, columns = weight.shape
+    scale = weight_scale_inv.float().repeat_interleave(block, 0)[:rows]  # the last block may be cut short
+    scale = scale.repeat_interleave(block, 1)[:, :columns]  # (O, I)
+    return (weight.float() * scale).to(dtype)
+
+
+class RotaryEmbedding:
+    """RoPE's cosines and sines by position (arXiv:2104.09864, section 3.2.2); with YaRN where the config says so.
+
+    Pair j of N values turns by the angle position * theta^(-2j/N). DeepSeek and the paper pair neighbours
+    ("interleaved"), Qwen3 pairs value j with value j + N/2 ("half-split"):
+
+        interleaved   0 1  2 3  4 5  6 7        half-split   0 1 2 3 | 4 5 6 7
+                      └─┘  └─┘  └─┘  └─┘                     └───────┘ (0,4)
+                     (0,1) (2,3) ...                           └───────┘ (1,5) ...
+
+    Weights trained with one are wrong with the other, and nothing crashes: the text just gets bad.
+    """
+
+    def __init__(self, config: DeepseekV3Config):
+        self.config = config
+        self.cos = self.sin = torch.empty(0, config.head_dim // 2)
+
+    def __call__(self, positions: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions (B or 1, T), all below `length` -> cos and sin (B or 1, 1, T, N/2), ready to multiply all heads."""
+        if length > len(self.cos) or self.cos.device != positions.device:
+            self.grow(max(256, 2 ** math.ceil(math.log2(length))), positions.device)
+        # The tables stay float32 and are rounded here: rounding an angle of 30,000 first would lose the position.
+        return self.cos[positions][:, None].to(dtype), self.sin[positions][:, None].to(dtype)
+
+    @torch.inference_mode(False)  # else tables made while generating could never be trained through
+    def grow(self, length: int, device: torch.device) -> None:
+        frequency, scale = inverse_frequencies(self.config)
+        angle = torch.arange(length, dtype=torch.float32)[:, None] * frequency  # (length, N/2)
+        self.cos, self.sin = (angle.cos() * scale).to(device), (angle.sin() * scale).to(device)
+
+
+def inverse_frequencies(config: DeepseekV3Config) -> tuple[Tensor, float]:
+    """(theta_j, (N/2,) float32; the factor on cos and sin). Without YaRN theta^(-2j/N) and 1."""
+    N, theta, yarn = config.head_dim, config.rope_theta, config.rope_scaling
+    period = theta ** (torch.arange(0, N, 2, dtype=torch.float32) / N)  # tokens per radian
+    if yarn is None:
+        return 1 / period, 1.0
+
+    # Pairs that turn often within the trained length keep their speed, slow ones are slowed by `factor`,
+    # those between are blended (arXiv:2309.00071, eq. 17-20).
+    def pair_that_turns(times: float) -> float:
+        return N * math.log(yarn.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_that_turns(yarn.beta_fast), pair_that_turns(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, N - 1)
+    high += 0.001 if low == high else 0  # a step instead of a ramp, not a division by zero
+    ramp = ((torch.arange(N // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    keep = 1 - ramp
+    frequency = 1 / (yarn.factor * period) * (1 - keep) + 1 / period * keep  # in transformers' order, to the last bit
+
+    if yarn.attention_factor is not None:
+        return frequency, yarn.attention_factor
+    if yarn.mscale and yarn.mscale_all_dim:
+        return frequency, mscale(yarn, yarn.mscale) / mscale(yarn, yarn.mscale_all_dim)
+    return frequency, mscale(yarn, 1.0)
+
+
+def mscale(yarn: Yarn, m: float) -> float:
+    """YaRN's factor on queries and on keys, so squared in the scores (arXiv:2309.00071, eq. 22)."""
+    return 0.1 * m * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x1, x2) by its angle: (x1 cos - x2 sin, x2 cos + x1 sin). x (B, heads, T, N)."""
+    x1, x2 = x.chunk(2, dim=-1)  # half-split: the first N/2 values and the last
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+def neighbours_apart(x: Tensor) -> Tensor:
+    """Values in the order 0 2 4 … 1 3 5 …: what were neighbours is then a half-split pair, and `rotate` turns it.
+
+    Queries and keys are reordered alike, so their products, which are all that is used of them, stay the same.
+    """
+    return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
+
+
+class KVCache:
+    """What attention needs of all tokens so far: one tensor (layers, B, capacity, R + P), shared by all heads.
+
+    Slots are written in place and handed out as views. Rows of a batch end at the same slot: a shorter
+    prompt starts later, after `padding[b]` slots that nobody looks at.
+
+        slot        0 1 2 3 4 5          position of a token in its own text = slot - padding
+        row 0       a b c d e →
+        row 1       · · · x y →          padding[1] = 3
+    """
+
+    def __init__(self, config: DeepseekV3Config, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu",
+                 padding: list[int] | None = None, layers: int | None = None):
+        shape = (layers or config.num_hidden_layers, len(padding or [0]), capacity,
+                 config.kv_lora_rank + config.qk_rope_head_dim)
+        self.latents = torch.empty(shape, dtype=dtype, device=device)
+        self.padding = torch.tensor(padding, device=device)[:, None] if padding and any(padding) else None  # (B, 1)
+        self.length = 0  # slots in use
+        self.drafts: KVCache | None = None  # that of the layer which predicts a second token, see speculative.py
+
+    @staticmethod
+    def bytes_per_token(config: DeepseekV3Config, dtype: torch.dtype) -> int:
+        """Of all layers: L * (R + P) values."""
+        return config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * dtype.itemsize
+
+    @property
+    def capacity(self) -> int:
+        return self.latents.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.latents.device
+
+    def write(self, layer: int, latents: Tensor) -> Tensor:
+        """Put latents (B, T, R + P) behind the last token; return all of the layer's, (B, S, R + P)."""
+        end = self.length + latents.shape[1]
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, {end} are needed")
+        self.latents[layer, :, self.length:end] = latents
+        return self.latents[layer, :, :end]
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot cut a cache of {self.length} tokens to {length}")
+        self.length = length
+        if self.drafts is not None:  # its slot t knows the token at t+1
+            self.drafts.length = min(self.drafts.length, max(length - 1, 0))
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` tokens, keeping what is there."""
+        if capacity > self.capacity:
+            old = self.latents
+            self.latents = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+            self.latents[:, :, :self.length] = old[:, :, :self.length]
+
+
+def attention_mask(first: int, T: int, padding: Tensor | None, device: torch.device) -> Tensor | None:
+    """Which keys each of T queries sees, True where it does: (T, S), or (B, 1, T, S) with padding.
+
+    The one rule: the query in slot p sees the keys in slots <= p that are not padding. None stands for
+    "all of them", which is so for a single query without padding.
+    """
+    if T == 1 and padding is None:
+        return None
+    query, key = torch.arange(first, first + T, device=device)[:, None], torch.arange(first + T, device=device)
+    mask = key <= query  # (T, S)
+    if padding is not None:
+        # A query that is itself padding sees itself: a softmax over nothing is NaN, and NaN spreads.
+        mask = mask & (key >= padding[:, :, None]) | (key == query)  # (B, T, S)
+        mask = mask[:, None]
+    return mask
+
+
+def attention_written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(q k^T * scale) v; q (B, H, T, N), k and v (B, K, S, N) -> (B, H, T, N). The definition.
+
+    Grouped queries (arXiv:2305.13245, section 2.2): query head h reads key/value head h // G.
+
+        H = 6, K = 2:    q0 q1 q2   q3 q4 q5
+                          └──┼──┘    └──┼──┘
+                            k0         k1
+    """
+    B, H, T, N = q.shape
+    q = q.view(B, k.shape[1], H // k.shape[1], T, N)  # (B, K, G, T, N)
+    scores = torch.einsum("bkgtn,bksn->bkgts", q, k) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~(mask if mask.ndim == 2 else mask[:, None]), -torch.inf)
+    weights = scores.float().softmax(-1).to(q.dtype)
+    return torch.einsum("bkgts,bksn->bkgtn", weights, v).flatten(1, 2)  # (B, H, T, N)
+
+
+def attention_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """The same by PyTorch's fused kernel: no (T, S) scores in memory, K and V never repeated."""
+    T, S = q.shape[2], k.shape[2]
+    # A whole prompt at once: the kernel that knows the triangle skips the half that a mask would only hide.
+    causal = mask is not None and mask.ndim == 2 and T == S
+    mask = None if causal else mask
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=True)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202, eq. 6). (B, T, D) -> (B, T, F) -> (B, T, D)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, intermediate_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

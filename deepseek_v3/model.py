@@ -1,0 +1,130 @@
+"""4. The blocks stacked: token ids -> logits, and a layer that predicts one token more.
+
+    token_ids (B, T) ─ embed_tokens ─ x (B, T, D) ─┬─ layers.0 … layers.L-1 ─ norm ─ h ─ lm_head ─ logits (B, T, V)
+                                                   │
+                       x = x + attention(norm(x)) ─┤  each layer
+                       x = x + mlp(norm(x))       ─┘   the mlp is a mixture of experts but in the first layers
+
+    multi-token prediction (MTP): layers.L looks at h at t and at the token that came at t+1, and predicts t+2
+
+        embedding of t+1 ─ enorm ─┐
+                                  ├─ eh_proj ─ a decoder layer ─ shared_head.norm ─ lm_head ─ logits
+                     h at t ─ hnorm ┘
+
+Modules are named as the checkpoint's tensors: `model.layers.0.self_attn.q_a_proj.weight` is exactly that
+attribute here. Papers: DeepSeek-V3 (arXiv:2412.19437; section 2.2, eq. 21-23 for MTP); the norm before each part and
+not after it is Xiong et al. 2020 (arXiv:2002.04745).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepseek_v3.config import DeepseekV3Config
+from deepseek_v3.layers import MLP, KVCache, Linear, RMSNorm, RotaryEmbedding, attention_mask
+from deepseek_v3.mla import Attention
+from deepseek_v3.moe import DeepSeekMoE
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: DeepseekV3Config, layer: int, cache_layer: int | None = None):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer if cache_layer is None else cache_layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = DeepSeekMoE(config) if config.is_sparse(layer) else MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
+
+
+class MTPLayer(DecoderLayer):
+    """The layer behind the last. The embedding and the head it uses are the main model's; files hold them twice."""
+
+    def __init__(self, config: DeepseekV3Config, layer: int):
+        super().__init__(config, layer, cache_layer=0)  # it has a cache of its own
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+
+    def join(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """The released weights want the embedding first; eq. 21 of the paper has them the other way round."""
+        return self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
+
+
+class Decoder(nn.Module):
+    """Everything but the head; the tensors under `model.`"""
+
+    def __init__(self, config: DeepseekV3Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        for extra in range(config.num_nextn_predict_layers):
+            self.layers.append(MTPLayer(config, config.num_hidden_layers + extra))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        nn.init.normal_(self.embed_tokens.weight, std=0.02)
+
+    def forward(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) -> the final, normed hidden states (B, T, D). With a cache the tokens follow those in it."""
+        layers = [layer for layer in self.layers if not isinstance(layer, MTPLayer)]
+        return self.norm(self.run(layers, self.embed_tokens(token_ids), cache))
+
+    def predict_second(self, token_ids: Tensor, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What `mtp` gives to the head: tokens t+1 (B, T) and final states t (B, T, D) -> states for t+2 (B, T, D)."""
+        layer = self.layers[-1]
+        x = self.run([layer], layer.join(self.embed_tokens(token_ids), hidden), cache)
+        return layer.shared_head["norm"](x)
+
+    def run(self, layers: list[DecoderLayer], x: Tensor, cache: KVCache | None) -> Tensor:
+        """(B, T, D) through layers, (B, T, D); positions and mask follow from what the cache holds."""
+        T, device = x.shape[1], x.device
+        first, padding = (cache.length, cache.padding) if cache is not None else (0, None)
+        positions = torch.arange(first, first + T, device=device)[None]  # (1, T)
+        if padding is not None:
+            positions = (positions - padding).clamp(min=0)  # (B, T)
+        cos, sin = self.rotary_emb(positions, first + T, x.dtype)
+        mask = attention_mask(first, T, padding, device)
+        for layer in layers:
+            x = layer(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.length += T
+        return x
+
+
+class DeepseekV3(nn.Module):
+    """model(token_ids) -> logits; (B, T) int64 -> (B, T, V)."""
+
+    def __init__(self, config: DeepseekV3Config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        # Tied: the head is the embedding matrix itself, read by rows going in and by columns coming out.
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, token_ids: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
+        """Causal. Without a cache differentiable and stateless; `last_only` gives (B, 1, V).
+
+        While generating only the last position is asked for: all the others of a prompt would cost
+        2 * V * D operations and V values each (0.26 MB a token for DeepSeek-V3) to be thrown away.
+        """
+        x = self.model(token_ids, cache)  # (B, T, D)
+        return self.head(x[:, -1:] if last_only else x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Final states (…, D) -> logits (…, V)."""
+        return F.linear(x, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+
+    def mtp(self, token_ids: Tensor, hidden: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
+        """A second token ahead: `token_ids` (B, T) are the tokens at positions 1…T, `hidden` (B, T, D) the main
+        model's states at 0…T-1 after its final norm -> logits (B, T, V) for positions 2…T+1.
+
+        Raises ValueError for a checkpoint without the layer.
+        """
+        if not self.config.num_nextn_predict_layers:
+            raise ValueError("this checkpoint has no layer for multi-token prediction")
+        x = self.model.predict_second(token_ids, hidden, cache)
+        return self.head(x[:, -1:] if last_only else x)

@@ -1,0 +1,151 @@
+"""3c. DeepSeekMoE, which stands where a dense model has its MLP.
+
+    x (n, D) ── gate ── sigmoid ──> s (n, E) ─────────────────────────────────┐ weighs
+                                    s + bias ── the best groups ── the best A ┴─┬─ chosen (n, A)    which experts
+                                       chooses                                  └─ weights (n, A)   how much of each
+       token 0 ──┬── expert 5 ── · 1.7 ──┐
+                 ├── expert 2 ── · 0.8 ──┤       the other E - A routed experts do nothing for token 0,
+                 └── shared experts ─────┴── + ── y       the shared ones work for every token
+
+n = B*T tokens, E experts, A of them active for a token; the rest of the alphabet is in layers.py. An expert
+is a SwiGLU as in the dense layers, only narrower, and a token is routed by itself: what else is in the batch
+changes nothing. Against Qwen3-MoE: each score stands for itself (a sigmoid, no softmax), a bias keeps the
+experts evenly used, groups limit the choice, and shared experts are added.
+
+Papers: DeepSeekMoE (arXiv:2401.06066, sections 3.1 and 3.2), DeepSeek-V3 (arXiv:2412.19437, eq. 12-16), balancing
+by a bias (arXiv:2408.15664).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepseek_v3.config import DeepseekV3Config
+from deepseek_v3.layers import MLP, new_weight
+
+# grouped_mm(rows, matrices, offs): the first offs[0] rows times matrix 0, those up to offs[1] times matrix 1, …
+grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # torch 2.9 has it under the second name only
+
+
+class Router(nn.Module):
+    """Chooses num_experts_per_tok experts for each token, and weighs them (DeepSeek-V3, eq. 13-16). All in float32."""
+
+    def __init__(self, config: DeepseekV3Config):
+        super().__init__()
+        self.active, self.renormalise = config.num_experts_per_tok, config.norm_topk_prob
+        self.groups, self.best_groups, self.factor = config.n_group, config.topk_group, config.routed_scaling_factor
+        self.weight = new_weight(config.n_routed_experts, config.hidden_size)
+        # Training moves it against the load and gives it no gradient; float32 in every checkpoint.
+        self.e_score_correction_bias = nn.Parameter(torch.zeros(config.n_routed_experts), requires_grad=False)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """(n, D) -> how well each expert suits, (n, E) float32 between 0 and 1, each by itself."""
+        return F.linear(x.float(), self.weight.float()).sigmoid()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, D) -> weights (n, A) float32, chosen (n, A) int64."""
+        scores = self.scores(x)
+        choice = scores + self.e_score_correction_bias  # what chooses, and never weighs
+        if self.groups > 1:
+            groups = choice.unflatten(-1, (self.groups, -1))  # (n, groups, E / groups)
+            worth = groups.topk(2).values.sum(-1)  # a group is as good as its two best
+            allowed = torch.zeros_like(worth).scatter(1, worth.topk(self.best_groups).indices, 1).bool()
+            # -inf and not 0: a bias may make every score that is allowed negative.
+            choice = groups.masked_fill(~allowed[..., None], -torch.inf).flatten(1)
+        chosen = choice.topk(self.active).indices
+        weights = scores.gather(1, chosen)
+        if self.renormalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * self.factor, chosen
+
+
+class Experts(nn.ModuleList):
+    """E MLPs. Called with x (n, D) and the router's weights and choices (n, A) each -> (n, D)."""
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
+        super().__init__(MLP(hidden_size, intermediate_size) for _ in range(num_experts))
+        self.gate_up = self.down = None  # all experts in two tensors, see `stack`
+
+    def stack(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Put all experts into gate_up (E, 2F, D) and down (E, D, F); each one's weights become views of them.
+
+        A GPU then computes a layer in two calls, where hundreds of small ones would leave it waiting for Python.
+        """
+        F_, D = self[0].gate_proj.weight.shape
+        self.gate_up = torch.empty(len(self), 2 * F_, D, dtype=dtype, device=device)
+        self.down = torch.empty(len(self), D, F_, dtype=dtype, device=device)
+        for expert, gate_up, down in zip(self, self.gate_up, self.down):
+            expert.gate_proj.weight, expert.up_proj.weight = nn.Parameter(gate_up[:F_]), nn.Parameter(gate_up[F_:])
+            expert.down_proj.weight = nn.Parameter(down)
+
+    def _apply(self, *arguments, **more) -> "Experts":  # what .to() and its like come down to
+        self.gate_up = self.down = None  # they would keep the old numbers, and the old device's memory
+        return super()._apply(*arguments, **more)
+
+    def is_stacked(self) -> bool:
+        """Whether the stacks are still the experts' own memory; a copy of the model, for one, has new weights."""
+        return self.gate_up is not None and self[0].gate_proj.weight.data_ptr() == self.gate_up.data_ptr()
+
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        # The stacks are no parameters: gradients must go through the experts.
+        stacked = not torch.is_grad_enabled() and self.is_stacked()
+        return (mix_stacked if stacked else mix_grouped)(self, x, weights, chosen)
+
+
+def mix_written_out(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    """y = sum over all E experts of weight * expert(x), the weight 0 where it was not chosen. The definition."""
+    every = weights.new_zeros(len(x), len(experts)).scatter(1, chosen, weights)  # (n, E)
+    return sum(every[:, e, None] * expert(x) for e, expert in enumerate(experts)).to(x.dtype)
+
+
+def mix_grouped(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    """The same, each expert once, on the tokens that chose it. An expert that nobody chose is not touched.
+
+    Sorting the n*A choices by expert puts what one expert has to do into neighbouring rows:
+
+        chosen   token 0: 5 2    token 1: 2 0          sorted   0 | 2 2 | 5
+                                                       token    1 | 0 1 | 0
+    """
+    sorted_, order = chosen.flatten().sort(stable=True)  # (n*A,)
+    ends = group_ends(sorted_, len(experts))
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()  # the one wait for a GPU
+    groups = x[order // chosen.shape[1]].split(counts)
+    rows = torch.cat([expert(group) for expert, group in zip(experts, groups) if len(group)])  # (n*A, D)
+    return weigh(rows, order, weights)
+
+
+def mix_stacked(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    """The same in two grouped matrix products, with no wait at all: where a group ends stays on the GPU."""
+    sorted_, order = chosen.flatten().sort(stable=True)
+    ends = group_ends(sorted_, len(experts))
+    gate, up = grouped_mm(x[order // chosen.shape[1]], experts.gate_up.mT, offs=ends).chunk(2, dim=-1)  # (n*A, F)
+    rows = grouped_mm(F.silu(gate) * up, experts.down.mT, offs=ends)  # (n*A, D)
+    return weigh(rows, order, weights)
+
+
+def group_ends(sorted_: Tensor, E: int) -> Tensor:
+    """Where the choices of each expert end among the sorted ones, (E,) int32. (torch.bincount would wait for the GPU.)"""
+    return torch.searchsorted(sorted_, torch.arange(E, device=sorted_.device), right=True).int()
+
+
+def weigh(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """The experts' rows (n*A, D), sorted by expert -> (n, D): each token's A rows, weighed and added up."""
+    rows = rows[order.argsort()].view(*weights.shape, -1)  # (n, A, D)
+    return (rows * weights[..., None]).sum(1).to(rows.dtype)
+
+
+class DeepSeekMoE(nn.Module):
+    """Routed experts, and shared ones that see every token (DeepSeek-V3, eq. 12). (B, T, D) -> (B, T, D).
+
+    What all tokens need is learned once, by the shared experts; n of them are one MLP of n times the width.
+    """
+
+    def __init__(self, config: DeepseekV3Config):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config.n_routed_experts, config.hidden_size, config.moe_intermediate_size)
+        self.shared_experts = MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)  # (n, D)
+        return self.experts(tokens, *self.gate(tokens)).view_as(x) + self.shared_experts(x)

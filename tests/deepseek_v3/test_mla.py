@@ -1,0 +1,225 @@
+"""Latent attention: two forms, one cache; pairs of neighbours; YaRN where DeepSeek puts it."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepseek_v3 import mla
+from deepseek_v3.config import DeepseekV3Config, Yarn
+from deepseek_v3.layers import KVCache, RotaryEmbedding, attention_mask, inverse_frequencies, neighbours_apart, rotate
+from deepseek_v3.mla import Attention, softmax_scale
+from deepseek_v3.weights import load_model
+from tests.seeded import DEEPSEEK_V3_CASES, LONG_PROMPT, deepseek_v3_config, write_case
+
+HERE = Path(__file__).parent
+PUBLISHED = json.loads((HERE / "published_configs.json").read_text())
+
+
+def config_of(tmp_path, values: dict) -> DeepseekV3Config:
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    return DeepseekV3Config.from_checkpoint(tmp_path)
+
+
+def by_loops(attention: Attention, x: torch.Tensor, positions: list[int], theta: float) -> torch.Tensor:
+    """The paper's equations, token by token and head by head; no YaRN, no query compression. x (T, D)."""
+    N, P, M, R = attention.N, attention.P, attention.M, attention.R
+    out = torch.zeros(len(x), attention.o_proj.weight.shape[1])
+
+    def turned(v, position):
+        v = v.clone()
+        for j in range(P // 2):
+            angle = position * theta ** (-2 * j / P)
+            a, b = v[2 * j].clone(), v[2 * j + 1].clone()
+            v[2 * j], v[2 * j + 1] = a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle)
+        return v
+
+    def normed(v, w):
+        return w * v / (v.square().mean() + 1e-6).sqrt()
+
+    latent, k_rope = [], []
+    for t, row in enumerate(x):
+        down = attention.kv_a_proj_with_mqa.weight @ row
+        latent.append(normed(down[:R], attention.kv_a_layernorm.weight))
+        k_rope.append(turned(down[R:], positions[t]))
+    up = attention.kv_b_proj.weight.view(-1, N + M, R)
+    for t, row in enumerate(x):
+        q = (attention.q_proj.weight @ row).view(-1, N + P)
+        for h in range(len(q)):
+            q_rope = turned(q[h, N:], positions[t])
+            scores = torch.stack([(q[h, :N] @ (up[h, :N] @ latent[s]) + q_rope @ k_rope[s]) / math.sqrt(N + P) for s in range(t + 1)])
+            values = torch.stack([up[h, N:] @ latent[s] for s in range(t + 1)])
+            out[t, h * M:(h + 1) * M] = scores.softmax(0) @ values
+    return out @ attention.o_proj.weight.T
+
+
+@pytest.mark.parametrize("absorb", [False, True])
+def test_each_form_is_the_papers_equations(tmp_path, absorb):
+    torch.manual_seed(0)
+    config = config_of(tmp_path, deepseek_v3_config(q_lora_rank=None, rope_scaling=None))
+    attention, x = Attention(config, 0), torch.randn(1, 7, 40)
+    for weight in attention.parameters():
+        weight.data = torch.randn(weight.shape) * (0.3 if weight.ndim == 2 else 1)
+    attention.absorb = absorb
+    cos, sin = RotaryEmbedding(config)(torch.arange(7)[None], 7, torch.float32)
+    with torch.no_grad():
+        out = attention(x, cos, sin, attention_mask(0, 7, None, torch.device("cpu")), None)[0]
+        expected = by_loops(attention, x[0], list(range(7)), 10000.0)
+    assert torch.allclose(out, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DEEPSEEK_V3_CASES)
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.1)])
+def test_absorbed_and_expanded_give_the_same(tmp_path, name, dtype, tolerance):
+    """Of one layer each, since a rounding may send a token to another expert further up."""
+    model = load_model(write_case(tmp_path, "deepseek_v3", name), dtype=dtype)
+    x = model.model.embed_tokens(torch.tensor([LONG_PROMPT, LONG_PROMPT[::-1]]))
+    cos, sin = model.model.rotary_emb(torch.arange(100)[None], 100, x.dtype)
+    mask = attention_mask(0, 100, None, x.device)
+    for layer in model.model.layers:
+        out = {}
+        for layer.self_attn.absorb in (False, True):
+            with torch.inference_mode():
+                out[layer.self_attn.absorb] = layer.self_attn(layer.input_layernorm(x), cos, sin, mask, None).float()
+        assert (out[False] - out[True]).abs().max() <= tolerance * out[False].abs().max()
+
+
+@pytest.mark.parametrize("name", ["yarn", "moonlight", "wide_values"])
+@pytest.mark.parametrize("absorb", [False, True, None])
+@pytest.mark.parametrize("padding", [None, [0, 5]])
+def test_a_cache_gives_what_a_whole_forward_gives(tmp_path, name, absorb, padding):
+    model = load_model(write_case(tmp_path, "deepseek_v3", name))
+    ids = torch.tensor([LONG_PROMPT[:40], [0] * 5 + LONG_PROMPT[:35]] if padding else [LONG_PROMPT[:40]])
+    with torch.inference_mode():
+        whole = model(ids[:1])[0]
+        alone = model(torch.tensor([LONG_PROMPT[:35]]))[0]
+    for layer in model.model.layers:
+        layer.self_attn.absorb = absorb
+    for cuts in ([7, 8, 9, 30], [1, 2, 3], [39]):
+        cache = KVCache(model.config, 40, torch.float32, padding=padding)
+        with torch.inference_mode():
+            parts = torch.cat([model(ids[:, a:b], cache) for a, b in itertools.pairwise([0, *cuts, 40])], 1)
+        assert torch.allclose(parts[0], whole, atol=1e-4)
+        if padding:
+            assert torch.allclose(parts[1, 5:], alone, atol=1e-4)
+
+
+def test_the_cache_holds_one_latent_and_one_rotated_key(tmp_path):
+    config = config_of(tmp_path, PUBLISHED["DeepSeek-V3"]["config"])
+    assert KVCache.bytes_per_token(config, torch.bfloat16) == 61 * 576 * 2
+    expanded = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    assert expanded == 40960 and expanded // 576 == 71
+    small = config_of(tmp_path, deepseek_v3_config())
+    cache = KVCache(small, 7, torch.float32)
+    assert cache.latents.shape == (3, 1, 7, 28) and cache.latents.nbytes == 7 * KVCache.bytes_per_token(small, torch.float32)
+    with pytest.raises(ValueError, match="the cache holds 7 tokens, 8 are needed"):
+        cache.write(0, torch.zeros(1, 8, 28))
+
+
+def test_a_view_of_the_cache_is_handed_out_and_room_is_made(tmp_path):
+    cache = KVCache(config_of(tmp_path, deepseek_v3_config()), 4, torch.float32)
+    first = cache.write(1, torch.ones(1, 3, 28))
+    assert first.untyped_storage().data_ptr() == cache.latents.untyped_storage().data_ptr()
+    cache.length = 3
+    cache.reserve(9)
+    assert cache.capacity == 9 and torch.equal(cache.latents[1, 0, :3], torch.ones(3, 28))
+    with pytest.raises(ValueError, match="cannot cut a cache of 3 tokens to 4"):
+        cache.truncate(4)
+
+
+def operations(T: int, S: int, N: int, P: int, M: int, R: int) -> tuple[int, int]:
+    return S * R * (N + M) + T * S * (N + P + M), T * R * (N + M) + T * S * (R + P + R)
+
+
+@pytest.mark.parametrize("name", ["DeepSeek-V3", "Moonlight-16B-A3B-Instruct"])
+def test_the_form_with_fewer_operations_is_taken(tmp_path, name):
+    attention = Attention.__new__(Attention)
+    attention.N, attention.P, attention.M, attention.R, attention.absorb = 128, 64, 128, 512, None
+    for T, S in itertools.product((1, 2, 16, 100, 170, 171, 512, 4096), repeat=2):
+        if T <= S:
+            expanded, absorbed = operations(T, S, 128, 64, 128, 512)
+            assert attention.absorbs(T, S) == (absorbed < expanded), (T, S)
+    assert attention.absorbs(1, 2) and not attention.absorbs(1, 1) and not attention.absorbs(4096, 4096)
+
+
+def test_decoding_never_rebuilds_keys_and_values(tmp_path, monkeypatch):
+    model = load_model(write_case(tmp_path, "deepseek_v3", "yarn"))
+    cache = KVCache(model.config, 30, torch.float32)
+    with torch.inference_mode():
+        model(torch.tensor([LONG_PROMPT[:20]]), cache)
+        monkeypatch.setattr(Attention, "expanded", None)
+        model(torch.tensor([[3]]), cache)
+
+
+# Rotary pairs
+
+def test_neighbours_turned_as_pairs_are_half_split_pairs_in_another_order():
+    """(x0, x1) turned by a, (x2, x3) by b, as the paper has it, and by reordering and Qwen3's `rotate`."""
+    x, a, b = torch.tensor([1.0, 2.0, 3.0, 4.0]), 0.3, 1.1
+    turned = [x[0] * math.cos(a) - x[1] * math.sin(a), x[1] * math.cos(a) + x[0] * math.sin(a),
+              x[2] * math.cos(b) - x[3] * math.sin(b), x[3] * math.cos(b) + x[2] * math.sin(b)]
+    angle = torch.tensor([a, b])
+    assert neighbours_apart(x).tolist() == [1, 3, 2, 4]
+    assert torch.allclose(rotate(neighbours_apart(x), angle.cos(), angle.sin()), neighbours_apart(torch.stack(turned)))
+    assert not torch.allclose(rotate(x, angle.cos(), angle.sin()), torch.stack(turned))
+
+
+def test_products_of_queries_and_keys_do_not_notice_the_order():
+    q, k = torch.randn(8), torch.randn(8)
+    assert torch.allclose(q @ k, neighbours_apart(q) @ neighbours_apart(k), atol=1e-6)
+
+
+# YaRN
+
+def test_the_published_frequencies(tmp_path):
+    """facts: V3 keeps pairs 0-10 and slows 23-31 by 40; Kimi-K2's ramp is one step."""
+    config = config_of(tmp_path, PUBLISHED["DeepSeek-V3"]["config"])
+    frequency, factor = inverse_frequencies(config)
+    plain = 10000.0 ** (-torch.arange(0, 64, 2) / 64)
+    assert factor == 1.0 and torch.allclose(frequency[:11], plain[:11]) and torch.allclose(frequency[23:], plain[23:] / 40)
+    assert (frequency[11:23] < plain[11:23] * 0.999).all() and (frequency[11:23] > plain[11:23] / 40 * 1.001).all()
+    kimi, _ = inverse_frequencies(config_of(tmp_path, PUBLISHED["Kimi-K2-Instruct"]["config"]))
+    plain = 50000.0 ** (-torch.arange(0, 64, 2) / 64)
+    assert torch.allclose(kimi[:20], plain[:20]) and torch.allclose(kimi[20:], plain[20:] / 32)
+
+
+@pytest.mark.parametrize("name, scale", [("DeepSeek-V3", 0.1352337788608801), ("Kimi-K2-Instruct", 0.1308608),
+                                         ("Moonlight-16B-A3B-Instruct", 192**-0.5)])
+def test_the_softmax_scale_of_the_published_models(tmp_path, name, scale):
+    assert softmax_scale(config_of(tmp_path, PUBLISHED[name]["config"])) == pytest.approx(scale, rel=1e-6)
+
+
+@pytest.mark.parametrize("mscale, all_dim, on_tables, on_scores", [
+    (1.0, 1.0, 1.0, 1.0), (0.6, 1.3, None, 1.3), (None, 0.7, None, 0.7), (0.7, None, None, None), (None, None, None, None)])
+def test_mscale_stands_in_the_tables_as_a_ratio_and_in_the_scale_squared(tmp_path, mscale, all_dim, on_tables, on_scores):
+    def m(times: float) -> float:
+        return 0.1 * times * math.log(40) + 1
+
+    given = {name: value for name, value in (("mscale", mscale), ("mscale_all_dim", all_dim)) if value is not None}
+    yarn = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096} | given
+    config = config_of(tmp_path, deepseek_v3_config(rope_scaling=yarn))
+    expected = m(mscale) / m(all_dim) if mscale and all_dim else m(1)
+    assert inverse_frequencies(config)[1] == pytest.approx(expected)
+    assert softmax_scale(config) == pytest.approx(20**-0.5 * (m(on_scores) ** 2 if on_scores else 1))
+    assert isinstance(config.rope_scaling, Yarn)
+
+
+def test_the_tables_over_the_whole_range_of_positions_are_those_of_transformers(tmp_path):
+    reference = json.loads((HERE / "reference/small.json").read_text())["rotary"]
+    config = config_of(tmp_path, PUBLISHED["DeepSeek-V3"]["config"])
+    rotary = RotaryEmbedding(config)
+    positions = torch.tensor([reference["positions"]])
+    cos, sin = rotary(positions, 163840, torch.float32)
+    # An angle of 163,839 is known to 0.01 in float32: the frequencies must agree to the last bit.
+    assert max(reference["positions"]) == 163839
+    assert torch.allclose(cos[0, 0], torch.tensor(reference["cos"]), atol=1e-6)
+    assert torch.allclose(sin[0, 0], torch.tensor(reference["sin"]), atol=1e-6)
+
+
+def test_norms_on_latents_have_their_own_epsilon(tmp_path):
+    config = config_of(tmp_path, deepseek_v3_config(rms_norm_eps=1e-2))
+    attention = Attention(config, 0)
+    assert attention.kv_a_layernorm.eps == attention.q_a_layernorm.eps == mla.LATENT_EPS == 1e-6
