@@ -204,9 +204,9 @@ class KVCache:
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` tokens, keeping what is there."""
         if capacity > self.capacity:
-            old = self.latents
-            self.latents = old.new_empty(*old.shape[:2], capacity, old.shape[3])
-            self.latents[:, :, :self.length] = old[:, :, :self.length]
+            new = self.latents.new_empty(*self.latents.shape[:2], capacity, self.latents.shape[3])
+            new[:, :, :self.length] = self.latents[:, :, :self.length]
+            self.latents = new  # only now: Ctrl-C may come at any moment
 
 
 def attention_mask(first: int, T: int, padding: Tensor | None, device: torch.device) -> Tensor | None:

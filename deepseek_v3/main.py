@@ -53,8 +53,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m deepseek_v3.main", description="Generate text with a checkpoint of DeepSeek-V3's architecture.",
-                    allow_abbrev=False)
+    parser = Parser(prog="python -m deepseek_v3.main", description="Generate text with a DeepSeek-V3 checkpoint.", allow_abbrev=False)
     add = parser.add_argument
     add("-m", "--model", metavar="NAME_OR_FOLDER",
         help=f"a name under checkpoints/ or a folder; default {DEFAULT} if downloaded, else {EMBEDDED}")
@@ -280,8 +279,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows "?"
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):  # a terminal without Unicode shows "?"
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
     try:
         run(parse_arguments(arguments))
         return 0

@@ -45,10 +45,14 @@ def read_tiktoken(path: Path, alphabet: str) -> tokenizers.Tokenizer:
     named = read_json(settings).get("added_tokens_decoder", {}) if settings.is_file() else {}
     try:
         names = {int(id): token["content"] for id, token in named.items()}
+        names = {id: names.get(id, f"<|reserved_token_{id}|>") for id in range(len(ranks), len(ranks) + SPECIAL)}
+        tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names.values()])
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"{settings}: added_tokens_decoder is not ids with a content each") from None
-    tokenizer.add_special_tokens([AddedToken(names.get(id, f"<|reserved_token_{id}|>"), special=True, normalized=False)
-                                  for id in range(len(ranks), len(ranks) + SPECIAL)])
+    # The library numbers them by itself; a name that it has already, or none at all, would shift all that follow.
+    for id, name in names.items():
+        if tokenizer.token_to_id(name) != id:
+            raise ValueError(f"{settings}: added_tokens_decoder names {id} {name!r}, which is a token already")
     return tokenizer
 
 

@@ -75,10 +75,8 @@ class Tokenizer:
             raise FileNotFoundError(f"{path}: no such file, nor {ranks.name}; one of them holds the vocabulary, download the "
                                     "checkpoint again")
         try:
-            if path.is_file():
-                tokenizer = tokenizers.Tokenizer.from_file(str(path))
-            else:
-                tokenizer = read_tiktoken(ranks, byte_alphabet())
+            path = path if path.is_file() else ranks
+            tokenizer = read_tiktoken(ranks, byte_alphabet()) if path == ranks else tokenizers.Tokenizer.from_file(str(path))
             format, default_system = read_chat_format(directory)
             # An answer ends with a control token; a checkpoint that does not stop at <|im_end|> never learned turns.
             stops = DeepseekV3Config.from_checkpoint(directory).eos_token_id

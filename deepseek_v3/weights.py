@@ -38,6 +38,10 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
     files = CheckpointFiles(directory)
     config = what_is_stored(DeepseekV3Config.from_checkpoint(directory), files)
     compute = compute_dtype(config, files, dtype)
+    experts = config.n_routed_experts if config.is_sparse(config.num_hidden_layers - 1) else 0
+    if max(config.num_hidden_layers, experts) > len(files.tensors):  # a damaged number, and each would be built before one is missed
+        raise ValueError(f"{files.directory}: config.json asks for {config.num_hidden_layers} layers and {experts} experts, "
+                         f"the files hold {len(files.tensors)} tensors")
     with torch.device("meta"):
         model = DeepseekV3(config)
     names = check_names_and_shapes(model, files)

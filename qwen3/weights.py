@@ -30,6 +30,9 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
     config = Qwen3Config.from_checkpoint(directory)
     files = CheckpointFiles(directory)
     compute = compute_dtype(config, files, dtype)
+    if config.num_hidden_layers > len(files.tensors):  # a damaged number, and each would be built before one is missed
+        raise ValueError(f"{files.directory}: config.json asks for {config.num_hidden_layers} layers, the files hold "
+                         f"{len(files.tensors)} tensors")
     with torch.device("meta"):
         model = Qwen3(config)
     names = check_names_and_shapes(model, files)

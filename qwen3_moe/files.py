@@ -103,7 +103,8 @@ def read_header(path: Path) -> dict[str, Stored]:
             if entry["dtype"] not in STORED:
                 raise NotImplementedError(f"{name} is stored as {entry['dtype']}; known are {', '.join(STORED)}")
             dtype = STORED[entry["dtype"]]
-            if not 0 <= first <= last <= end - 8 - length or last - first != math.prod(shape) * dtype.itemsize:
+            whole = all(type(number) is int for number in (*shape, first, last))
+            if not whole or not 0 <= first <= last <= end - 8 - length or last - first != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} is not where the header says")
             tensors[name] = Stored(path, shape, dtype, 8 + length + first, last - first)
         return tensors

@@ -275,8 +275,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows "?"
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):  # a terminal without Unicode shows "?"
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
     try:
         run(parse_arguments(arguments))
         return 0

@@ -34,6 +34,10 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
     config = Qwen3MoeConfig.from_checkpoint(directory)
     files = CheckpointFiles(directory)
     compute = compute_dtype(config, files, dtype)
+    experts = config.num_experts if config.is_sparse(config.num_hidden_layers - 1) else 0
+    if max(config.num_hidden_layers, experts) > len(files.tensors):  # a damaged number, and each would be built before one is missed
+        raise ValueError(f"{files.directory}: config.json asks for {config.num_hidden_layers} layers and {experts} experts, "
+                         f"the files hold {len(files.tensors)} tensors")
     with torch.device("meta"):
         model = Qwen3Moe(config)
     names = check_names_and_shapes(model, files)

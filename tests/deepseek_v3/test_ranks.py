@@ -99,10 +99,15 @@ def test_a_damaged_file_is_named(tmp_path, line, message):
         Tokenizer.from_checkpoint(tmp_path)
 
 
-def test_damaged_settings_are_named(tmp_path):
+@pytest.mark.parametrize("named, message", [
+    ({"x": 3}, "is not ids with a content each"), ({str(N): {"content": 3}}, "is not ids with a content each"),
+    ({str(N): {"content": "A"}}, f"names {N} 'A', which is a token already"), ({str(N): {"content": ""}}, f"names {N} ''"),
+    ({str(N): {"content": "<a>"}, str(N + 1): {"content": "<a>"}}, f"names {N + 1} '<a>', which is a token already")])
+def test_damaged_settings_are_named(tmp_path, named, message):
+    """Or every control token behind would have the id of its neighbour."""
     write(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"x": 3}}))
-    with pytest.raises(ValueError, match="added_tokens_decoder is not ids with a content each"):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": named}))
+    with pytest.raises(ValueError, match=f"tokenizer_config.json: added_tokens_decoder {message}"):
         Tokenizer.from_checkpoint(tmp_path)
 
 

@@ -111,3 +111,13 @@ def test_every_kind_drafts(tmp_path, dtype):
         assert len(tokens) == 10 and acceptance.drafted >= 5
         if dtype == "float32":
             assert tokens == list(generate(model, PROMPT, max_new_tokens=10))
+
+
+@pytest.mark.parametrize("changes, message", [({"num_hidden_layers": 10**8}, "100000000 layers and 8 experts"),
+                                              ({"n_routed_experts": 4 * 10**7}, "3 layers and 40000000 experts")])
+def test_numbers_without_end_are_refused_before_anything_is_built(tmp_path, changes, message):
+    folder = write_case(tmp_path, "deepseek_v3", "yarn")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=f"config.json asks for {message}, the files hold"):
+        load_model(folder)

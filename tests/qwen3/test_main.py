@@ -227,7 +227,7 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_leaves(capfd, monkeypatch):
         if len(times) == 2:
             next(ids), next(ids)
             raise KeyboardInterrupt
-        return printed(self, ids)
+        return printed(self, prompt_ids, ids)
 
     monkeypatch.setattr(module.Conversation, "print_answer", interrupted)
     code, seen = converse(monkeypatch, "Hello!", "What is GQA?", "What is RoPE?", KeyboardInterrupt)

@@ -132,6 +132,11 @@ def patch_header(folder: Path, change) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length:])
 
 
+def ask_for(folder: Path, **changes: int) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
 WRONG = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "made: no weights in it"),
     "pickles": (only_pickles, r"only pickled weights \(pytorch_model.bin\).*never read"),
@@ -159,6 +164,9 @@ WRONG = {
     "places that overlap the end": (lambda f: patch_header(f, lambda h: h[Q_PROJ].update(data_offsets=[0, 10**9])),
                                     "q_proj.weight is not where the header says"),
     "place of another size": (lambda f: patch_header(f, lambda h: h[Q_PROJ].update(shape=[60, 41])), "is not where the header says"),
+    "a shape of fractions": (lambda f: patch_header(f, lambda h: h[Q_PROJ].update(shape=[60.0, 40.0])), "is not where the header says"),
+    "a place of fractions": (lambda f: patch_header(f, lambda h: h[Q_PROJ].update(data_offsets=[0.0, 9600.0])), "is not where the header says"),
+    "layers without end": (lambda f: ask_for(f, num_hidden_layers=10**9), "config.json asks for 1000000000 layers, the files hold"),
     "header is a list": (lambda f: (f / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]"), "truncated or damaged"),
     "index empty": (lambda f: (split(f), (f / "model.safetensors.index.json").write_text("{}")), "has no weight_map"),
     "index no JSON": (lambda f: (split(f), (f / "model.safetensors.index.json").write_text("{")), "index.json: not valid JSON"),
