@@ -144,6 +144,14 @@ def test_drafting_is_refused_where_there_is_no_layer_for_it(tmp_path, capfd):
     assert out == "" and err == "deepseek_v3: None has no layer that predicts a second token; leave out --speculative\n"
 
 
+def test_the_picture_in_the_readme_is_this_one(capfd):
+    assert main(["-m", str(TINY), "--show-experts", "-p", "What is MLA?"]) == 0
+    drawn, shown = (re.findall(r"^layer +\d .*$", text, re.M) for text in (capfd.readouterr().err, (ROOT / "deepseek_v3/README.md").read_text()))
+    assert len(drawn) == len(shown) == 4
+    # Another processor may round a token to another expert.
+    assert sum(a == b for ours, theirs in zip(drawn, shown) for a, b in zip(ours, theirs)) >= 0.9 * len("".join(drawn))
+
+
 def test_as_a_process():
     done = subprocess.run([sys.executable, "-m", "deepseek_v3.main", "-m", str(TINY), "-p", "What is MLA?", "--speculative"], cwd=ROOT,
                           capture_output=True, text=True)
