@@ -89,8 +89,9 @@ def generate(model: DeepseekV3, prompt_ids: list[int], *, max_new_tokens: int, t
     if speculative:
         if not model.config.num_nextn_predict_layers:
             raise ValueError("this checkpoint has no layer that predicts a second token; leave out --speculative")
-        return speculate(model, prompt_ids, max_new_tokens, partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p),
-                         generator, stop_ids, cache, acceptance or Acceptance(), PREFILL_CHUNK, progress)
+        chances = partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p)
+        return speculate(model, prompt_ids, max_new_tokens, chances, generator, stop_ids, cache, acceptance or Acceptance(),
+                         PREFILL_CHUNK, progress)
     cache.reserve(capacity)
 
     @torch.inference_mode()

@@ -45,7 +45,8 @@ class Attention(nn.Module):
         D, H, R = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
         self.N, self.P, self.M, self.R = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, R
         self.layer, self.scale, self.interleaved, self.absorb = layer, softmax_scale(config), config.rope_interleave, None
-        if config.q_lora_rank is None:
+        self.q_lora_rank = config.q_lora_rank
+        if self.q_lora_rank is None:
             self.q_proj = Linear(D, H * (self.N + self.P))
         else:
             self.q_a_proj = Linear(D, config.q_lora_rank)
@@ -58,7 +59,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q_nope, q_rope = q.view(B, T, -1, self.N + self.P).transpose(1, 2).split((self.N, self.P), -1)  # (B, H, T, N), (…, P)
         c, k_rope = self.kv_a_proj_with_mqa(x).split((self.R, self.P), -1)  # (B, T, R), (B, T, P)
         if self.interleaved:
