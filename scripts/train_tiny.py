@@ -29,7 +29,7 @@ from scripts.tiny_data import (BOS, CONTROL, ENDOFTEXT, EOS, PAD, SEED, SUM_PHRA
                                batches, examples, is_held_out, train_tokenizer)
 
 STEPS = {"qwen3": 2600, "qwen3_moe": 2000, "deepseek_v3": 1900}
-# Of the matrices. DeepSeek-V3 has no norm on queries and keys, and steps as large as Qwen3's let its scores grow too fast.
+# Of the matrices. DeepSeek-V3, which has no norm on queries and keys, learned more slowly with steps as large as Qwen3's.
 LEARNING_RATE = {"qwen3": 1e-2, "qwen3_moe": 1e-2, "deepseek_v3": 4e-3}
 BALANCE = 0.01  # weight of the load-balancing loss of Qwen3-MoE
 BIAS_SPEED = 0.001  # step of the correction bias of DeepSeek-V3 (arXiv:2412.19437, section 2.1.2: gamma)
