@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepseek_v3.compiled import CompiledStep
 from deepseek_v3.config import DeepseekV3Config
 from deepseek_v3.layers import KVCache
 from deepseek_v3.model import DeepseekV3
@@ -68,12 +69,13 @@ def generate(model: DeepseekV3, prompt_ids: list[int], *, max_new_tokens: int, t
              top_k: int | None = None, top_p: float | None = None, stop_ids: Collection[int] = (),
              seed: int | None = None, cache: KVCache | None = None,
              progress: Callable[[int, int], None] | None = None, speculative: bool = False,
-             acceptance: Acceptance | None = None) -> Iterator[int]:
+             acceptance: Acceptance | None = None, compiled: bool = False) -> Iterator[int]:
     """Yield new ids one by one; a stop id ends the sequence and is not yielded.
 
     A `cache` that already holds the first tokens of the prompt saves computing them again; afterwards it
     holds all tokens but the last. `progress(done, total)` is called during prefill. `speculative` gives the same
     tokens in fewer steps, counts in `acceptance`, and may leave the last token and a stop id in the cache.
+    `compiled` gives the same tokens by compiled.py, after a minute of compiling, and not together with `speculative`.
     Raises ValueError at once, before anything is computed, for a request that cannot be met.
     """
     check_request(model.config, [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed)
@@ -87,12 +89,15 @@ def generate(model: DeepseekV3, prompt_ids: list[int], *, max_new_tokens: int, t
         cache = new_cache(model, capacity)
     generator = new_generator(model, seed)
     if speculative:
+        if compiled:
+            raise ValueError("drafting is not compiled; leave out --compile or --speculative")
         if not model.config.num_nextn_predict_layers:
             raise ValueError("this checkpoint has no layer that predicts a second token; leave out --speculative")
         chances = partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p)
         return speculate(model, prompt_ids, max_new_tokens, chances, generator, stop_ids, cache, acceptance or Acceptance(),
                          PREFILL_CHUNK, progress)
     cache.reserve(capacity)
+    step = CompiledStep(model, cache) if compiled else None
 
     @torch.inference_mode()
     def ids() -> Iterator[int]:
@@ -104,7 +109,7 @@ def generate(model: DeepseekV3, prompt_ids: list[int], *, max_new_tokens: int, t
                 return
             yield int(token)
             if count < max_new_tokens:
-                logits = model(token[:, None], cache, last_only=True)[:, -1]
+                logits = step(token) if step else model(token[:, None], cache, last_only=True)[:, -1]
 
     return ids()
 

@@ -31,8 +31,7 @@ from deepseek_v3.weights import bytes_per_token, check_memory, compute_dtype, fi
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 DEFAULT, EMBEDDED, DOWNLOAD = "Moonlight-16B-A3B-Instruct", "DeepSeek-V3-Tiny", "bash scripts/download_deepseek_v3.sh"
-DEFAULT_PROMPT = "What is MLA?"
-MAX_NEW_TOKENS = 4096
+DEFAULT_PROMPT, MAX_NEW_TOKENS = "What is MLA?", 4096
 COMMANDS = "/clear forgets the conversation, /system TEXT sets the system prompt, /think, /no_think, /exit"
 
 
@@ -55,8 +54,7 @@ class Parser(argparse.ArgumentParser):
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m deepseek_v3.main", description="Generate text with a DeepSeek-V3 checkpoint.", allow_abbrev=False)
     add = parser.add_argument
-    add("-m", "--model", metavar="NAME_OR_FOLDER",
-        help=f"a name under checkpoints/ or a folder; default {DEFAULT} if downloaded, else {EMBEDDED}")
+    add("-m", "--model", metavar="NAME_OR_FOLDER", help=f"a name under checkpoints/ or a folder; default {DEFAULT}, else {EMBEDDED}")
     add("-p", "--prompt", help=f'the question, or the text to continue for a Base checkpoint; default "{DEFAULT_PROMPT}"')
     add("-n", "--max-new-tokens", type=int, metavar="N", help=f"end after N tokens; default {MAX_NEW_TOKENS}")
     add("-t", "--temperature", type=float, metavar="T", help="0 always takes the likeliest token; default: the checkpoint's")
@@ -71,6 +69,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--show-experts", action="store_true", help="at the end, a picture of which experts worked")
     add("--seed", type=int, metavar="N", help="repeat the same random choices")
     add("-d", "--device", help="cpu, cuda, cuda:1, mps; default: the fastest that is there")
+    add("--compile", action="store_true", help="compile the decode step: a minute of waiting, then faster on a GPU")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own (FP8 weights stay FP8)")
     return parser.parse_args(arguments)
 
@@ -161,9 +160,10 @@ class Conversation:
         self.cache.truncate(min(common, len(prompt_ids) - 1))
         speed = Speed(self.model, len(prompt_ids) - self.cache.length)
         limit = self.new_tokens(prompt_ids)
-        ids = generate(self.model, prompt_ids, max_new_tokens=limit, **self.sampling,
-                       stop_ids=self.stop_ids, seed=self.arguments.seed, cache=self.cache, speculative=self.arguments.speculative,
-                       acceptance=speed.acceptance, progress=lambda done, total: progress("reading prompt token", done, total))
+        ids = generate(self.model, prompt_ids, max_new_tokens=limit, **self.sampling, stop_ids=self.stop_ids,
+                       seed=self.arguments.seed, cache=self.cache, compiled=self.arguments.compile,
+                       speculative=self.arguments.speculative, acceptance=speed.acceptance,
+                       progress=lambda done, total: progress("reading prompt token", done, total))
         try:
             text = self.print_answer(prompt_ids, speed.watch(ids))
         finally:

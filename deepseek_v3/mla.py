@@ -1,4 +1,4 @@
-"""3b. Multi-head latent attention (MLA), in two forms that compute the same.
+"""3c. Multi-head latent attention (MLA), in two forms that compute the same.
 
     x (D) ─┬─ kv_a_proj_with_mqa ─┬─ norm ──> c (R)  latent ───┐                          the cache, for every token:
            │                      └─ RoPE ──> k_rope (P) ──────┴─> [c, k_rope]  R + P     576 values in DeepSeek-V3
@@ -21,12 +21,11 @@ eq. 1-11).
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepseek_v3.attention import attend
 from deepseek_v3.config import DeepseekV3Config
-from deepseek_v3.layers import (KVCache, Linear, RMSNorm, attention_fused, attention_written_out, mscale, neighbours_apart,
-                                rotate)
+from deepseek_v3.layers import KVCache, Linear, RMSNorm, mscale, neighbours_apart, product, rotate
 
 LATENT_EPS = 1e-6  # of the norms on latents, whatever rms_norm_eps says: Moonlight's is 1e-5, and its weights want this
 
@@ -68,8 +67,8 @@ class Attention(nn.Module):
         latents = torch.cat((self.kv_a_layernorm(c), k_rope), -1)  # (B, T, R + P)
         if cache is not None:
             latents = cache.write(self.layer, latents)  # (B, S, R + P)
-        attend = self.absorbed if self.absorbs(T, latents.shape[1]) else self.expanded
-        out = attend(q_nope, q_rope, latents, mask)  # (B, H, T, M)
+        form = self.absorbed if self.absorbs(T, latents.shape[1]) else self.expanded
+        out = form(q_nope, q_rope, latents, mask)  # (B, H, T, M)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
     def absorbs(self, T: int, S: int) -> bool:
@@ -88,16 +87,34 @@ class Attention(nn.Module):
         k_nope, v = self.kv_b_proj(c).view(B, S, -1, self.N + self.M).transpose(1, 2).split((self.N, self.M), -1)
         q = torch.cat((q_nope, q_rope), -1)  # (B, H, T, N + P)
         k = torch.cat((k_nope, k_rope[:, None].expand(-1, q.shape[1], -1, -1)), -1)  # (B, H, S, N + P)
-        # PyTorch's fused kernels want values as wide as keys; zeros behind them change nothing.
-        v = F.pad(v, (0, max(0, self.N + self.P - self.M)))
-        # Apple's fused attention has leaked future tokens and returned NaN, by version of PyTorch.
-        attend = attention_written_out if q.device.type == "mps" else attention_fused
-        return attend(q, k, v, mask, self.scale)[..., :self.M]
+        return attend(q, k, v, mask, self.scale)
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, mask: Tensor | None) -> Tensor:
         """The same on the latents alone: one key [c, k_rope] and one value c for all heads. -> (B, H, T, M)"""
         W = self.kv_b_proj.matrix(latents.dtype).view(-1, self.N + self.M, self.R)  # (H, N + M, R)
         W_UK, W_UV = W.split((self.N, self.M), 1)
-        q = torch.cat((torch.einsum("bhtn,hnr->bhtr", q_nope, W_UK), q_rope), -1)  # (B, H, T, R + P)
-        out = attention_written_out(q, latents[:, None], latents[:, None, :, :self.R], mask, self.scale)  # (B, H, T, R)
-        return torch.einsum("bhtr,hmr->bhtm", out, W_UV)
+        q = torch.cat((each_head(q_nope, W_UK.mT), q_rope), -1)  # (B, H, T, R + P)
+        return each_head(attention_on_latents(q, latents, self.R, mask, self.scale), W_UV)
+
+
+def each_head(x: Tensor, W: Tensor) -> Tensor:
+    """x W^T with a matrix for each head: (B, H, T, in) and (H, out, in) -> (B, H, T, out)."""
+    rows = x.transpose(0, 1).flatten(1, 2).contiguous()  # (H, B*T, in)
+    y = product(rows, W) if W.stride(-1) == 1 else rows @ W.mT
+    return y.unflatten(1, (len(x), -1)).transpose(0, 1)
+
+
+def attention_on_latents(q: Tensor, latents: Tensor, R: int, mask: Tensor | None, scale: float) -> Tensor:
+    """attention_written_out(q, k, v, mask, scale) with the k latents (B, S, R + P) and the v latents[:, :, :R] of all heads.
+
+    q (B, H, T, R + P) -> (B, H, T, R). The queries of all heads are rows of one plain product for each sequence; a
+    product of batches, which the definition is for PyTorch, copies the cache or is slower by a factor, by its length.
+    """
+    B, H, T, _ = q.shape
+    out = q.new_empty(B, H * T, R)
+    for b in range(B):
+        scores = (q[b].flatten(0, 1) @ latents[b].mT).view(H, T, -1) * scale
+        if mask is not None:
+            scores = scores.masked_fill(~(mask if mask.ndim == 2 else mask[b]), -torch.inf)
+        out[b] = scores.float().softmax(-1).to(q.dtype).flatten(0, 1) @ latents[b, :, :R]
+    return out.view(B, H, T, R)

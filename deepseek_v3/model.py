@@ -17,11 +17,11 @@ not after it is Xiong et al. 2020 (arXiv:2002.04745).
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepseek_v3.attention import attention_mask
 from deepseek_v3.config import DeepseekV3Config
-from deepseek_v3.layers import MLP, KVCache, Linear, RMSNorm, RotaryEmbedding, attention_mask
+from deepseek_v3.layers import MLP, KVCache, Linear, RMSNorm, RotaryEmbedding, new_weight, product
 from deepseek_v3.mla import Attention
 from deepseek_v3.moe import DeepSeekMoE
 
@@ -60,13 +60,13 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DeepseekV3Config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        size = config.vocab_size, config.hidden_size
+        self.embed_tokens = nn.Embedding(*size, _weight=new_weight(*size))
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         for extra in range(config.num_nextn_predict_layers):
             self.layers.append(MTPLayer(config, config.num_hidden_layers + extra))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
-        nn.init.normal_(self.embed_tokens.weight, std=0.02)
 
     def forward(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) -> the final, normed hidden states (B, T, D). With a cache the tokens follow those in it."""
@@ -116,7 +116,7 @@ class DeepseekV3(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """Final states (…, D) -> logits (…, V)."""
-        return F.linear(x, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+        return product(x, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
 
     def mtp(self, token_ids: Tensor, hidden: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
         """A second token ahead: `token_ids` (B, T) are the tokens at positions 1…T, `hidden` (B, T, D) the main

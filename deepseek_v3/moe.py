@@ -1,4 +1,4 @@
-"""3c. DeepSeekMoE, which stands where a dense model has its MLP.
+"""3d. DeepSeekMoE, which stands where a dense model has its MLP.
 
     x (n, D) ── gate ── sigmoid ──> s (n, E) ─────────────────────────────────┐ weighs
                                     s + bias ── the best groups ── the best A ┴─┬─ chosen (n, A)    which experts
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek_v3.config import DeepseekV3Config
-from deepseek_v3.layers import MLP, new_weight
+from deepseek_v3.layers import MLP, new_weight, product
 
 # grouped_mm(rows, matrices, offs): the first offs[0] rows times matrix 0, those up to offs[1] times matrix 1, …
 grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # torch 2.9 has it under the second name only
@@ -40,7 +40,7 @@ class Router(nn.Module):
 
     def scores(self, x: Tensor) -> Tensor:
         """(n, D) -> how well each expert suits, (n, E) float32 between 0 and 1, each by itself."""
-        return F.linear(x.float(), self.weight.float()).sigmoid()
+        return product(x.float(), self.weight.float()).sigmoid()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(n, D) -> weights (n, A) float32, chosen (n, A) int64."""
@@ -84,12 +84,15 @@ class Experts(nn.ModuleList):
 
     def is_stacked(self) -> bool:
         """Whether the stacks are still the experts' own memory; a copy of the model, for one, has new weights."""
-        return self.gate_up is not None and self[0].gate_proj.weight.data_ptr() == self.gate_up.data_ptr()
+        if self.gate_up is None or torch.compiler.is_compiling():  # a compiler knows no addresses, and was asked before
+            return self.gate_up is not None
+        return self[0].gate_proj.weight.data_ptr() == self.gate_up.data_ptr()
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         # The stacks are no parameters: gradients must go through the experts.
         stacked = not torch.is_grad_enabled() and self.is_stacked()
-        return (mix_stacked if stacked else mix_grouped)(self, x, weights, chosen)
+        mix = mix_stacked if stacked else mix_one_token if len(x) == 1 else mix_grouped
+        return mix(self, x, weights, chosen)
 
 
 def mix_written_out(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
@@ -109,9 +112,16 @@ def mix_grouped(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) ->
     sorted_, order = chosen.flatten().sort(stable=True)  # (n*A,)
     ends = group_ends(sorted_, len(experts))
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()  # the one wait for a GPU
-    groups = x[order // chosen.shape[1]].split(counts)
-    rows = torch.cat([expert(group) for expert, group in zip(experts, groups) if len(group)])  # (n*A, D)
-    return weigh(rows, order, weights)
+    rows = x.new_empty(len(order), x.shape[1])  # (n*A, D), by token again
+    for expert, group in zip(experts, order.split(counts)):
+        if len(group):
+            rows[group] = expert(x[group // chosen.shape[1]])
+    return weigh(rows, weights)
+
+
+def mix_one_token(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    """The same for x (1, D), where nothing has to be sorted: beside products of one row, that took as long as a few of them."""
+    return weigh(torch.cat([experts[e](x) for e in chosen[0].tolist()]), weights)
 
 
 def mix_stacked(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
@@ -120,7 +130,7 @@ def mix_stacked(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) ->
     ends = group_ends(sorted_, len(experts))
     gate, up = grouped_mm(x[order // chosen.shape[1]], experts.gate_up.mT, offs=ends).chunk(2, dim=-1)  # (n*A, F)
     rows = grouped_mm(F.silu(gate) * up, experts.down.mT, offs=ends)  # (n*A, D)
-    return weigh(rows, order, weights)
+    return weigh(rows[order.argsort()], weights)
 
 
 def group_ends(sorted_: Tensor, E: int) -> Tensor:
@@ -128,10 +138,9 @@ def group_ends(sorted_: Tensor, E: int) -> Tensor:
     return torch.searchsorted(sorted_, torch.arange(E, device=sorted_.device), right=True).int()
 
 
-def weigh(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-    """The experts' rows (n*A, D), sorted by expert -> (n, D): each token's A rows, weighed and added up."""
-    rows = rows[order.argsort()].view(*weights.shape, -1)  # (n, A, D)
-    return (rows * weights[..., None]).sum(1).to(rows.dtype)
+def weigh(rows: Tensor, weights: Tensor) -> Tensor:
+    """Each token's A rows, weighed and added up: (n*A, D) and (n, A) -> (n, D)."""
+    return (rows.view(*weights.shape, -1) * weights[..., None]).sum(1).to(rows.dtype)
 
 
 class DeepSeekMoE(nn.Module):

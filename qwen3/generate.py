@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from torch import Tensor
 
+from qwen3.compiled import CompiledStep
 from qwen3.config import Qwen3Config
 from qwen3.layers import KVCache
 from qwen3.model import Qwen3
@@ -55,11 +56,12 @@ def candidates(logits: Tensor, temperature: float, top_k: int | None, top_p: flo
 def generate(model: Qwen3, prompt_ids: list[int], *, max_new_tokens: int, temperature: float = 0.0,
              top_k: int | None = None, top_p: float | None = None, stop_ids: Collection[int] = (),
              seed: int | None = None, cache: KVCache | None = None,
-             progress: Callable[[int, int], None] | None = None) -> Iterator[int]:
+             progress: Callable[[int, int], None] | None = None, compiled: bool = False) -> Iterator[int]:
     """Yield new ids one by one; a stop id ends the sequence and is not yielded.
 
     A `cache` that already holds the first tokens of the prompt saves computing them again; afterwards it
-    holds all tokens but the last. `progress(done, total)` is called during prefill.
+    holds all tokens but the last. `progress(done, total)` is called during prefill. `compiled` gives the same tokens by
+    compiled.py, after a minute of compiling.
     Raises ValueError at once, before anything is computed, for a request that cannot be met.
     """
     check_request(model.config, [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed)
@@ -72,6 +74,7 @@ def generate(model: Qwen3, prompt_ids: list[int], *, max_new_tokens: int, temper
     if cache is None:
         cache = new_cache(model, capacity)
     cache.reserve(capacity)
+    step = CompiledStep(model, cache) if compiled else None
     generator = new_generator(model, seed)
 
     @torch.inference_mode()
@@ -84,7 +87,7 @@ def generate(model: Qwen3, prompt_ids: list[int], *, max_new_tokens: int, temper
                 return
             yield int(token)
             if count < max_new_tokens:
-                logits = model(token[:, None], cache, last_only=True)[:, -1]
+                logits = step(token) if step else model(token[:, None], cache, last_only=True)[:, -1]
 
     return ids()
 

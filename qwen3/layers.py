@@ -1,4 +1,6 @@
-"""3. The building blocks: RMSNorm, rotary position embedding, the key/value cache, attention, SwiGLU.
+"""3. The building blocks: RMSNorm, the linear product, rotary position embedding, the key/value cache, SwiGLU.
+
+Attention, which is made of them, has its own file, attention.py.
 
 One alphabet of dimensions, for every shape note and einsum:
 
@@ -8,8 +10,7 @@ One alphabet of dimensions, for every shape note and einsum:
 What is particular to Qwen3 among models of its kind: an RMSNorm on every query and key head before the
 rotation (QK-Norm), no biases anywhere, and a head size N of its own (H*N need not be D).
 
-Papers: RMSNorm (arXiv:1910.07467), RoPE (arXiv:2104.09864), YaRN (arXiv:2309.00071), GQA
-(arXiv:2305.13245), QK-Norm (arXiv:2302.05442), SwiGLU (arXiv:2002.05202).
+Papers: RMSNorm (arXiv:1910.07467), RoPE (arXiv:2104.09864), YaRN (arXiv:2309.00071), SwiGLU (arXiv:2002.05202).
 """
 
 import math
@@ -38,7 +39,7 @@ class RMSNorm(nn.Module):
 
 
 def new_weight(*shape: int) -> nn.Parameter:
-    """Normal numbers of standard deviation 0.02. On the meta device none: there it would take 0.7 ms a weight for nothing."""
+    """Normal numbers of standard deviation 0.02. On the meta device none: for them PyTorch imports its compiler, a second."""
     weight = torch.empty(shape)
     return nn.Parameter(weight if weight.is_meta else weight.normal_(std=0.02))
 
@@ -52,11 +53,27 @@ class Linear(nn.Module):
         self.register_parameter("weight_scale_inv", None)  # an FP8 checkpoint has scales to put here
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix(x.dtype))
+        return product(x, self.matrix(x.dtype))
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """W (out, in), ready to multiply."""
         return self.weight if self.weight_scale_inv is None else dequantize(self.weight, self.weight_scale_inv, dtype)
+
+
+def product(x: Tensor, W: Tensor) -> Tensor:
+    """x W^T: (…, T, in) and (…, out, in) -> (…, T, out)."""
+    if x.device.type != "cpu" or x.shape[:-1].numel() > W.shape[:-2].numel():
+        return x @ W.mT
+    if torch.compiler.is_compiling():  # becomes one loop over W, as fast as what follows
+        return (x[..., None, :].float() * W.unsqueeze(-3).float()).sum(-1).to(x.dtype)
+    # One row for a matrix is as fast as the matrix comes from memory. oneDNN, which PyTorch asks for products in
+    # bfloat16, is made for many rows and reaches two thirds of that; PyTorch's own kernel reaches nearly all.
+    onednn = torch.backends.mkldnn
+    before, onednn.enabled = onednn.enabled, False
+    try:
+        return x @ W.mT
+    finally:
+        onednn.enabled = before
 
 
 def dequantize(weight: Tensor, weight_scale_inv: Tensor, dtype: torch.dtype, block: int = 128) -> Tensor:
@@ -196,80 +213,6 @@ class KVCache:
                 new = old.new_empty(*old.shape[:3], capacity, old.shape[4])
                 new[:, :, :, :self.length] = old[:, :, :, :self.length]
                 setattr(self, name, new)
-
-
-def attention_mask(first: int, T: int, padding: Tensor | None, device: torch.device) -> Tensor | None:
-    """Which keys each of T queries sees, True where it does: (T, S), or (B, 1, T, S) with padding.
-
-    The one rule: the query in slot p sees the keys in slots <= p that are not padding. None stands for
-    "all of them", which is so for a single query without padding.
-    """
-    if T == 1 and padding is None:
-        return None
-    query, key = torch.arange(first, first + T, device=device)[:, None], torch.arange(first + T, device=device)
-    mask = key <= query  # (T, S)
-    if padding is not None:
-        # A query that is itself padding sees itself: a softmax over nothing is NaN, and NaN spreads.
-        mask = mask & (key >= padding[:, :, None]) | (key == query)  # (B, T, S)
-        mask = mask[:, None]
-    return mask
-
-
-def attention_written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(q k^T * scale) v; q (B, H, T, N), k and v (B, K, S, N) -> (B, H, T, N). The definition.
-
-    Grouped queries (arXiv:2305.13245, section 2.2): query head h reads key/value head h // G.
-
-        H = 6, K = 2:    q0 q1 q2   q3 q4 q5
-                          └──┼──┘    └──┼──┘
-                            k0         k1
-    """
-    B, H, T, N = q.shape
-    q = q.view(B, k.shape[1], H // k.shape[1], T, N)  # (B, K, G, T, N)
-    scores = torch.einsum("bkgtn,bksn->bkgts", q, k) * scale
-    if mask is not None:
-        scores = scores.masked_fill(~(mask if mask.ndim == 2 else mask[:, None]), -torch.inf)
-    weights = scores.float().softmax(-1).to(q.dtype)
-    return torch.einsum("bkgts,bksn->bkgtn", weights, v).flatten(1, 2)  # (B, H, T, N)
-
-
-def attention_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """The same by PyTorch's fused kernel: no (T, S) scores in memory, K and V never repeated."""
-    T, S = q.shape[2], k.shape[2]
-    # A whole prompt at once: the kernel that knows the triangle skips the half that a mask would only hide.
-    causal = mask is not None and mask.ndim == 2 and T == S
-    mask = None if causal else mask
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=True)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with QK-Norm and RoPE (Qwen3, arXiv:2505.09388, section 2). (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, config: Qwen3Config, layer: int):
-        super().__init__()
-        D, N = config.hidden_size, config.head_dim
-        self.layer, self.head_dim = layer, N
-        self.q_proj = Linear(D, config.num_attention_heads * N)
-        self.k_proj = Linear(D, config.num_key_value_heads * N)
-        self.v_proj = Linear(D, config.num_key_value_heads * N)
-        self.o_proj = Linear(config.num_attention_heads * N, D)
-        self.q_norm = RMSNorm(N, config.rms_norm_eps)  # one weight for all heads
-        self.k_norm = RMSNorm(N, config.rms_norm_eps)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, N)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, N)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, N)
-        # The norm before the rotation: it keeps q·k from growing, and a rotation keeps its length.
-        q = rotate(self.q_norm(q).transpose(1, 2), cos, sin)  # (B, H, T, N)
-        k = rotate(self.k_norm(k).transpose(1, 2), cos, sin)  # (B, K, T, N)
-        if cache is not None:
-            k, v = cache.write(self.layer, k, v)  # (B, K, S, N)
-        # Apple's fused attention has leaked future tokens and returned NaN, by version of PyTorch.
-        attend = attention_written_out if x.device.type == "mps" else attention_fused
-        out = attend(q, k, v, mask, self.head_dim ** -0.5)  # (B, H, T, N)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
 
 class MLP(nn.Module):

@@ -11,11 +11,11 @@ Xiong et al. 2020 (arXiv:2002.04745).
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen3.attention import Attention, attention_mask
 from qwen3.config import Qwen3Config
-from qwen3.layers import MLP, Attention, KVCache, Linear, RMSNorm, RotaryEmbedding, attention_mask
+from qwen3.layers import MLP, KVCache, Linear, RMSNorm, RotaryEmbedding, new_weight, product
 
 
 class DecoderLayer(nn.Module):
@@ -37,11 +37,11 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        size = config.vocab_size, config.hidden_size
+        self.embed_tokens = nn.Embedding(*size, _weight=new_weight(*size))
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
-        nn.init.normal_(self.embed_tokens.weight, std=0.02)
 
     def forward(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) -> the final, normed hidden states (B, T, D). With a cache the tokens follow those in it."""
@@ -77,6 +77,8 @@ class Qwen3(nn.Module):
         2 * V * D operations and V values each (0.3 MB a token for Qwen3) to be thrown away.
         """
         x = self.model(token_ids, cache)  # (B, T, D)
-        if last_only:
-            x = x[:, -1:]
-        return F.linear(x, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+        return self.head(x[:, -1:] if last_only else x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Final states (…, D) -> logits (…, V)."""
+        return product(x, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)

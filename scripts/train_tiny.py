@@ -272,10 +272,10 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(numbers), encoding="utf-8")
         Config = getattr(importlib.import_module(f"{arguments.package}.config"), f"{kind}Config")
-        # The gradient of the fused attention takes half of the time on a CPU; at this size the definition is faster.
-        layers = importlib.import_module(f"{arguments.package}.layers")
-        attention = importlib.import_module(f"{arguments.package}.mla") if arguments.package == "deepseek_v3" else layers
-        attention.attention_fused = layers.attention_written_out
+        # Other ways to compute attention add up in another order, and train other weights.
+        attention = importlib.import_module(f"{arguments.package}.attention")
+        user = importlib.import_module(f"{arguments.package}.mla") if arguments.package == "deepseek_v3" else attention
+        user.attend = attention.attention_written_out
         model = getattr(importlib.import_module(f"{arguments.package}.model"), kind)(Config.from_checkpoint(folder))
         print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters", file=sys.stderr)
         chat = importlib.import_module(f"{arguments.package}.tokenizer")

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = [path.parent.name for path in sorted(ROOT.glob("*/config.py"))]
-FILES = ["config.py", "tokenizer.py", "layers.py", "moe.py", "model.py", "files.py", "weights.py", "generate.py", "main.py", "routing.py"]
+FILES = ["config.py", "tokenizer.py", "layers.py", "attention.py", "moe.py", "model.py", "files.py", "weights.py", "compiled.py", "generate.py", "main.py", "routing.py"]
 NAMES = {"qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "deepseek_v3": "DeepseekV3"}  # package -> its model's class
 # What differs by nature, with the reason: {"file.py name": why}
 MAY_DIFFER = {
@@ -22,16 +22,19 @@ MAY_DIFFER = {
     "tokenizer.py Tokenizer.chat": "each family has its chat format",
     "tokenizer.py read_chat_format": "each family has its chat formats",
     "layers.py KVCache": "latents instead of keys and values",
+    "attention.py attention_fused": "values may be narrower than keys",
     "moe.py Router": "a softmax in one, sigmoids, a bias and groups in the other",
     "model.py DecoderLayer.__init__": "where the experts come in",
     "model.py Decoder.__init__": "the layer that predicts a second token",
     "model.py Decoder.forward": "the layer that predicts a second token shares its inner part",
-    "model.py Model.forward": "the layer that predicts a second token shares its head",
     "weights.py load_model": "experts are stacked on a GPU; a bias stays float32",
     "weights.py bytes_in_memory": "experts are counted apart",
     "weights.py bytes_per_token": "a token reads only its experts",
     "weights.py check_memory": "experts that nobody needs stay in the file",
     "weights.py copies": "the layer that predicts a second token has copies too",
+    "compiled.py Slots": "latents instead of keys and values",
+    "compiled.py clear": "latents instead of keys and values",
+    "compiled.py CompiledStep.__init__": "experts must be stacked",
     "generate.py generate": "speculative",
     "main.py parse_arguments": "--show-experts, --speculative",
     "main.py run": "--show-experts",

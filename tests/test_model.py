@@ -106,7 +106,7 @@ def test_the_wrong_pairing_of_rope_is_noticed(folders, monkeypatch, package):
     if package == "deepseek_v3":
         monkeypatch.setattr(module(package, "mla"), "neighbours_apart", lambda x: x)  # half-split, as Qwen3
     else:
-        monkeypatch.setattr(module(package, "layers"), "rotate", interleaved)
+        monkeypatch.setattr(module(package, "attention"), "rotate", interleaved)
     expected = LOGITS[package][f"{PLAIN[package]}.short.float32"]
     logits = load(package, folders[package][PLAIN[package]])(torch.tensor([PROMPT]))[0]
     assert (logits - expected).abs().max() > 0.1 * expected.abs().max()

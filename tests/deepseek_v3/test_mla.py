@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from deepseek_v3 import mla
+from deepseek_v3.attention import attention_fused, attention_mask, attention_written_out
 from deepseek_v3.config import DeepseekV3Config, Yarn
-from deepseek_v3.layers import KVCache, RotaryEmbedding, attention_mask, inverse_frequencies, neighbours_apart, rotate
+from deepseek_v3.layers import KVCache, RotaryEmbedding, inverse_frequencies, neighbours_apart, rotate
 from deepseek_v3.mla import Attention, softmax_scale
 from deepseek_v3.weights import load_model
 from tests.seeded import DEEPSEEK_V3_CASES, LONG_PROMPT, deepseek_v3_config, write_case
@@ -223,3 +224,13 @@ def test_norms_on_latents_have_their_own_epsilon(tmp_path):
     config = config_of(tmp_path, deepseek_v3_config(rms_norm_eps=1e-2))
     attention = Attention(config, 0)
     assert attention.kv_a_layernorm.eps == attention.q_a_layernorm.eps == mla.LATENT_EPS == 1e-6
+
+
+@pytest.mark.parametrize("M", [5, 12, 20])
+@pytest.mark.parametrize("first, T", [(0, 150), (140, 1), (0, 1)])
+def test_values_may_be_narrower_or_wider_than_keys(M, first, T):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, width, generator=generator) for n, width in ((T, 12), (first + T, 12), (first + T, M)))
+    mask = attention_mask(first, T, None, q.device)
+    expected = attention_written_out(q, k, v, mask, 0.3)
+    assert torch.allclose(attention_fused(q, k, v, mask, 0.3), expected, atol=1e-5)

@@ -5,10 +5,8 @@ import math
 import pytest
 import torch
 
-from qwen3 import layers
 from qwen3.config import Qwen3Config, Yarn
-from qwen3.layers import (KVCache, RMSNorm, RotaryEmbedding, attention_fused, attention_mask, attention_written_out,
-                          dequantize, inverse_frequencies, rotate)
+from qwen3.layers import KVCache, RMSNorm, RotaryEmbedding, dequantize, inverse_frequencies, product, rotate
 from qwen3.model import Qwen3
 
 CONFIG = Qwen3Config(vocab_size=50, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6,
@@ -87,68 +85,6 @@ def test_yarn_keeps_fast_pairs_and_slows_slow_ones_by_the_factor():
     assert (ratio.diff() <= 1e-6).all()
 
 
-@pytest.mark.parametrize("first, T, padding", [(0, 1, None), (0, 5, None), (3, 4, None), (6, 1, None),
-                                               (0, 5, [0, 2, 4]), (4, 3, [0, 1, 3]), (5, 1, [0, 5, 2])])
-def test_the_mask_is_the_rule(first, T, padding):
-    mask = attention_mask(first, T, torch.tensor(padding)[:, None] if padding else None, torch.device("cpu"))
-    for row, pad in enumerate(padding or [0]):
-        for t in range(T):
-            for slot in range(first + T):
-                p = first + t
-                sees = slot <= p and slot >= pad or (slot == p and p < pad)
-                got = True if mask is None else bool(mask[t, slot] if mask.ndim == 2 else mask[row, 0, t, slot])
-                assert got == sees, (row, p, slot)
-
-
-def attention_by_loops(q, k, v, mask):
-    """Every head, query and key one by one."""
-    out = torch.zeros_like(q)
-    for b in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            group = h // (q.shape[1] // k.shape[1])
-            for t in range(q.shape[2]):
-                seen = [s for s in range(k.shape[2])
-                        if mask is None or (mask[t, s] if mask.ndim == 2 else mask[b, 0, t, s])]
-                scores = [float(q[b, h, t] @ k[b, group, s]) / math.sqrt(q.shape[3]) for s in seen]
-                total = sum(math.exp(score - max(scores)) for score in scores)
-                for s, score in zip(seen, scores):
-                    out[b, h, t] += math.exp(score - max(scores)) / total * v[b, group, s]
-    return out
-
-
-@pytest.mark.parametrize("first, T, padding", [(0, 6, None), (4, 3, None), (5, 1, None), (0, 5, [0, 3]), (4, 1, [0, 2])])
-def test_both_forms_of_attention_are_the_definition(first, T, padding):
-    generator = torch.Generator().manual_seed(1)
-    B, S = len(padding or [0]), first + T
-    q = torch.randn(B, 6, T, 8, generator=generator)
-    k, v = (torch.randn(B, 2, S, 8, generator=generator) for _ in "kv")
-    mask = attention_mask(first, T, torch.tensor(padding)[:, None] if padding else None, torch.device("cpu"))
-    slow = attention_by_loops(q, k, v, mask)
-    assert torch.allclose(attention_written_out(q, k, v, mask, 8 ** -0.5), slow, atol=1e-5)
-    assert torch.allclose(attention_fused(q, k, v, mask, 8 ** -0.5), slow, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_a_model_with_written_out_attention_gives_the_same_logits(monkeypatch, dtype, tolerance):
-    torch.manual_seed(0)
-    model, ids = Qwen3(CONFIG).to(dtype), torch.randint(50, (2, 20))
-    fused = model(ids).float()
-    monkeypatch.setattr(layers, "attention_fused", attention_written_out)
-    assert (model(ids).float() - fused).abs().max() <= tolerance * fused.abs().max()
-
-
-def test_keys_and_values_are_never_repeated(monkeypatch):
-    shapes = []
-
-    def spy(q, k, v, mask, scale):
-        shapes.append((q.shape[1], k.shape[1], v.shape[1]))
-        return attention_fused(q, k, v, mask, scale)
-
-    monkeypatch.setattr(layers, "attention_fused", spy)
-    Qwen3(CONFIG)(torch.tensor([[1, 2, 3]]))
-    assert shapes == [(6, 2, 2)] * 2
-
-
 def test_the_cache_hands_out_views_and_is_cut_back():
     cache = KVCache(CONFIG, 8, torch.float32)
     new = torch.randn(1, 2, 3, 8)
@@ -189,3 +125,23 @@ def test_dequantisation_multiplies_each_block_by_its_scale():
     got = dequantize(weight, scale, torch.float32)
     for row, column in [(0, 0), (127, 127), (128, 127), (127, 128), (199, 299), (199, 255), (130, 256)]:
         assert float(got[row, column]) == float(weight[row, column].float() * scale[row // 128, column // 128])
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.01), (torch.float16, 0.002)])
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (), (3,), (2, 1)])
+def test_a_product_of_one_row_is_the_product(dtype, tolerance, rows):
+    x = torch.randn(*rows, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    W = torch.randn(70, 1000, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = (x.double() @ W.double().T)
+    assert product(x, W).shape == expected.shape and product(x, W).dtype == dtype
+    assert (product(x, W) - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_onednn_is_left_as_it_was():
+    x, W = torch.randn(1, 8).bfloat16(), torch.randn(4, 8).bfloat16()
+    for before in (False, True):
+        with torch.backends.mkldnn.flags(enabled=before):
+            product(x, W)
+            with pytest.raises(RuntimeError):
+                product(x, W.float())
+            assert torch.backends.mkldnn.enabled == before

@@ -11,7 +11,7 @@ import torch
 from qwen3_moe import moe
 from qwen3_moe.config import Qwen3MoeConfig
 from qwen3_moe.generate import generate
-from qwen3_moe.moe import Experts, Router, SparseMoeBlock, mix_grouped, mix_stacked, mix_written_out
+from qwen3_moe.moe import Experts, Router, SparseMoeBlock, mix_grouped, mix_one_token, mix_stacked, mix_written_out
 from qwen3_moe.weights import bytes_in_memory, bytes_per_token, load_model, stacks_experts
 from tests.seeded import PROMPT, qwen3_moe_config, qwen3_shapes, write_case, write_checkpoint
 
@@ -100,6 +100,14 @@ def test_the_definition_notices_a_wrong_dispatch():
     for wrong in (mix_grouped(experts, x, weights.flip(1), chosen), mix_grouped(experts, x, weights, (chosen + 1) % 6),
                   mix_grouped(experts, x.flip(0), weights, chosen)):
         assert not torch.allclose(wrong, right, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights_dtype", [torch.float32, None])
+def test_one_token_is_a_group_of_one(dtype, weights_dtype):
+    experts, x, weights, chosen = random_case(40, 3, 1, dtype)
+    weights = weights.to(weights_dtype or dtype)
+    assert torch.equal(mix_one_token(experts, x, weights, chosen), mix_grouped(experts, x, weights, chosen))
 
 
 def test_only_the_chosen_experts_are_touched(monkeypatch):

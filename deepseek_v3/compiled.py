@@ -1,0 +1,100 @@
+"""6c. The decode step once more, with nothing in it that changes from token to token but numbers in tensors.
+
+    plain       Python tells the GPU what to do, hundreds of small orders a token, and at each token anew
+    compiled    torch.compile makes few kernels of the many; a CUDA graph records their order once and replays it
+
+What changed is made to stand still: the position is a tensor, the cache is seen in whole blocks of 256 slots, and a
+mask hides those that are not written yet. A new block is a new recording, of the same kernels.
+"""
+
+import torch
+from torch import Tensor
+
+from deepseek_v3.layers import KVCache
+from deepseek_v3.model import DeepseekV3
+from deepseek_v3.moe import Experts
+
+BLOCK = 256  # slots
+
+
+class Slots:
+    """The slots of a cache up to `end`, written at a position that is a tensor."""
+
+    def __init__(self, cache: KVCache, end: int, position: Tensor):
+        self.latents, self.position = cache.latents[:, :, :end], position
+
+    def write(self, layer: int, latents: Tensor) -> Tensor:
+        """KVCache.write, but all slots are returned, and the mask has to hide those behind."""
+        self.latents[layer].index_copy_(1, self.position, latents)
+        return self.latents[layer]
+
+
+def clear(cache: KVCache) -> None:
+    """Zeros behind the last token: a weight of 0 takes nothing from a masked slot, but 0 times NaN, which may lie there, is NaN."""
+    cache.latents[:, :, cache.length:] = 0
+
+
+def step(model: DeepseekV3, token: Tensor, slots: Slots, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+    """model(token, cache, last_only=True)[:, -1]: token (1, 1), mask (1, slots) -> logits (1, V)."""
+    x = model.model.embed_tokens(token)  # (1, 1, D)
+    for layer in model.model.layers[:model.config.num_hidden_layers]:
+        x = layer(x, cos, sin, mask, slots)
+    return model.head(model.model.norm(x))[:, -1]
+
+
+class CompiledStep:
+    """step(token) -> logits, for one sequence: (1,) int64 -> (1, V). The cache moves on by one.
+
+    Raises ValueError for experts that are not stacked, and where PyTorch cannot compile (for want of a C++ compiler,
+    for instance).
+    """
+
+    def __init__(self, model: DeepseekV3, cache: KVCache):
+        if not all(part.is_stacked() for part in model.modules() if isinstance(part, Experts)):
+            raise ValueError("compiled steps need the experts in stacks, which load_model makes on a GPU only; "
+                             "leave out --compile")
+        self.model, self.cache, self.dtype = model, cache, model.model.norm.weight.dtype
+        # Whole blocks, and a slot more: a view of all slots would be another case, and compiled anew.
+        cache.reserve(-(-cache.capacity // BLOCK) * BLOCK + 1)
+        clear(cache)
+        device = cache.device
+        self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.slots = torch.arange(cache.capacity, device=device)
+        model.model.rotary_emb(self.position[None], cache.capacity, torch.float32)  # lets its tables grow now
+        self.tables = model.model.rotary_emb.cos, model.model.rotary_emb.sin
+        # Numbers are rounded where the plain step rounds them, or other tokens might come.
+        self.compute = torch.compile(step, dynamic=True, options={"emulate_precision_casts": True})
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by the last slot
+
+    def __call__(self, token: Tensor) -> Tensor:
+        self.token.copy_(token[:, None])
+        self.position.fill_(self.cache.length)
+        end = (self.cache.length // BLOCK + 1) * BLOCK
+        try:
+            logits = self.replayed(end) if self.cache.device.type == "cuda" else self.computed(end)
+        except (RuntimeError, ImportError) as error:
+            raise ValueError(f"torch.compile failed ({str(error).strip().splitlines()[0]}); leave out --compile") from None
+        self.cache.length += 1
+        return logits
+
+    def computed(self, end: int) -> Tensor:
+        cos, sin = (table[self.position][None, None].to(self.dtype) for table in self.tables)  # (1, 1, 1, N/2)
+        mask = self.slots[None, :end] <= self.position  # (1, end)
+        return self.compute(self.model, self.token, Slots(self.cache, end, self.position), cos, sin, mask)
+
+    def replayed(self, end: int) -> Tensor:
+        if end not in self.graphs:
+            side = torch.cuda.Stream()  # compiles and warms up apart from what is recorded
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    self.computed(end)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = self.computed(end)
+            self.graphs[end] = graph, logits
+        graph, logits = self.graphs[end]
+        graph.replay()
+        return logits.clone()  # the next replay writes to the same place

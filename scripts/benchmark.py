@@ -1,0 +1,317 @@
+"""Speed of a checkpoint against this machine's limits and, side by side, against a peer.
+
+    uv run python scripts/benchmark.py                                   the default checkpoint of qwen3
+    uv run --group reference python scripts/benchmark.py --shape qwen3-30b-a3b --layers 6 --against transformers
+
+A shape is a published one with random weights, made under checkpoints/random/ when it is first asked for. Ours and the
+peer run in processes of their own, in turn, so that both see the same machine; what was disturbed is measured again.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+
+import torch
+
+from scripts import machine, shapes
+from scripts.tricks import TRICKS
+
+PATIENCE = 60  # seconds to wait for a quiet machine before measuring all the same
+PREFILL, DECODE = (512, 4096), (32, 4096)
+
+
+def note(text: str, end: str = "\n") -> None:
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def progress(text: str) -> None:
+    if sys.stderr.isatty():
+        note(f"\r\033[K{text}", end="")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a checkpoint asks of a machine, by arithmetic alone."""
+
+    package: str
+    file_bytes: int  # all weights, as stored
+    weight_bytes: int  # read for one token
+    cache_bytes: int  # read for one token, for each token before it
+    matrix_values: int  # weights that multiply one token of a prompt, without the head
+    attention_operations: int  # for one query and one key, of all layers
+
+    @staticmethod
+    def of(folder: Path) -> "Work":
+        package = shapes.package_of(folder)
+        weights, layers = import_module(f"{package}.weights"), import_module(f"{package}.layers")
+        kind = shapes.KINDS[package]
+        config = getattr(import_module(f"{package}.config"), f"{kind}Config").from_checkpoint(folder)
+        files = import_module(f"{package}.files").CheckpointFiles(folder)
+        with torch.device("meta"):
+            model = getattr(import_module(f"{package}.model"), kind)(config).to(weights.compute_dtype(config, files, None))
+        stored, expanded = weights.bytes_per_token(model), model.model.norm.weight.dtype.itemsize
+        if config.weight_block_size:  # a byte for a weight in the matrices of the layers, which are nearly all
+            head = model.lm_head.weight.nbytes if model.lm_head is not None else model.model.embed_tokens.weight.nbytes
+            values, stored = (stored - head) // expanded, head + (stored - head) // expanded
+        else:
+            values = stored // expanded - config.vocab_size * config.hidden_size
+        key, value = ((config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim) if package == "deepseek_v3"
+                      else (config.head_dim, config.head_dim))
+        return Work(package, weights.bytes_in_memory(folder), stored,
+                    layers.KVCache.bytes_per_token(config, model.model.norm.weight.dtype), values,
+                    2 * config.num_hidden_layers * config.num_attention_heads * (key + value))
+
+    def bytes_of_a_token(self, context: int) -> int:
+        return self.weight_bytes + context * self.cache_bytes
+
+    def operations_of_a_prompt(self, tokens: int) -> int:
+        """Each token times each weight, and each token with itself and those before it."""
+        return 2 * self.matrix_values * tokens + self.attention_operations * tokens * (tokens + 1) // 2
+
+
+class Contender:
+    """A process of contender.py."""
+
+    def __init__(self, folder: Path, package: str, arguments: argparse.Namespace, who: str = "ours", **how):
+        how = {"who": who, "folder": str(folder), "package": package, "device": arguments.device, "threads": arguments.threads, **how}
+        self.name, start = who, time.perf_counter()
+        self.process = subprocess.Popen([sys.executable, ROOT / "scripts/contender.py", json.dumps(how)], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.started = self.answer() | {"seconds": time.perf_counter() - start}
+
+    def answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise ValueError(f"{self.name} ended: {(self.process.stderr.read().strip() or 'no message').splitlines()[-1]}")
+        return json.loads(line)
+
+    def ask(self, **task) -> dict:
+        print(json.dumps(task), file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def undisturbed(measure, processes: list[int]) -> dict:
+    """`measure` again until no other process used the machine meanwhile, five times at most."""
+    for attempt in range(5):
+        quiet = machine.wait_until_quiet(PATIENCE, progress)
+        neighbours = machine.Neighbours(os.getpid(), *processes)
+        result = measure()
+        if quiet and not neighbours.disturb():
+            break
+    else:
+        note("not a quiet machine: a disturbed measurement was kept")
+    return result
+
+
+def compete(folder: Path, package: str, arguments: argparse.Namespace, rivals: dict[str, dict], tasks: list[dict]) -> dict:
+    """Results by task, then by rival: one for each round. In a round all rivals start anew and do each task in turn."""
+    results: dict[str, dict[str, list[dict]]] = {}
+    for round_ in range(1, arguments.rounds + 1):
+        running: dict[str, Contender] = {}
+        try:
+            for name, how in rivals.items():
+                progress(f"round {round_} of {arguments.rounds}: {name} starts")
+                machine.wait_until_quiet(PATIENCE, progress)
+                running[name] = Contender(folder, package, arguments, **how)
+                results.setdefault("start", {}).setdefault(name, []).append(running[name].started)
+            processes = [contender.process.pid for contender in running.values()]
+            for task in tasks:
+                label = f"{task['do']} {task['context']}"
+                for name, contender in running.items():
+                    progress(f"round {round_} of {arguments.rounds}: {name}, {label}")
+                    result = undisturbed(lambda: contender.ask(**task), processes)
+                    results.setdefault(label, {}).setdefault(name, []).append(result)
+        finally:
+            for contender in running.values():
+                contender.stop()
+    progress("")
+    return results
+
+
+def middle(numbers: list[float]) -> float:
+    return sorted(numbers)[len(numbers) // 2]
+
+
+def ratios(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
+    """(median, least, most) of the rounds' own ratios ours/theirs: what slows a round slows both."""
+    each = sorted(one / other for one, other in zip(ours, theirs))
+    return middle(each), each[0], each[-1]
+
+
+def rates(results: dict, label: str, name: str) -> list[float]:
+    """Tokens a second, of each round."""
+    what, context = label.split()
+    return [(int(context) if what == "prefill" else 1) / one["seconds"] for one in results[label][name]]
+
+
+def table(work: Work, results: dict, limits: dict, peer: str | None) -> list[str]:
+    lines = [f"{'':24}{'ours':>12}{'limit':>12}{'reached':>9}" + (f"{peer:>15}   ratio (least-most)" if peer else "")]
+
+    def line(what: str, ours: list[float], theirs: list[float] | None, form: str, limit: float | None = None) -> None:
+        text = f"{what:24}{form.format(middle(ours)):>12}"
+        text += f"{form.format(limit):>12}{middle(ours) / limit:>9.0%}" if limit else f"{'':21}"
+        if theirs:
+            text += f"{form.format(middle(theirs)):>15}   " + "{:.2f} ({:.2f}-{:.2f})".format(*ratios(ours, theirs))
+        lines.append(text)
+
+    def both(label: str, field: str, scale: float = 1) -> tuple[list[float], list[float] | None]:
+        of = {name: [one[field] / scale for one in every] for name, every in results[label].items()}
+        return of["ours"], of.get(peer)
+
+    line("loading", *both("start", "load"), "{:.2f} s")
+    line("… to first token", *both("start", "first"), "{:.2f} s")
+    line("… with all imports", *both("start", "seconds"), "{:.2f} s")
+    line("memory beside the file", *both("start", "anonymous", 1e9), "{:.2f} GB")
+    for label in results:
+        what, *context = label.split()
+        if what in ("prefill", "decode"):
+            n = int(context[0])
+            limit = (n * limits["operations"] / work.operations_of_a_prompt(n) if what == "prefill"
+                     else limits["bytes"] / work.bytes_of_a_token(n))
+            line(label, rates(results, label, "ours"), rates(results, label, peer) if peer else None, "{:.1f} tok/s", limit)
+            if what == "prefill":
+                line("  memory beside the file", *both(label, "anonymous", 1e9), "{:.2f} GB")
+    return lines
+
+
+def growth(work: Work, results: dict, limits: dict) -> list[str]:
+    """What a token costs by context, as a table and a plot: time against the bytes that it reads."""
+    times = {int(label.split()[1]): 1000 * middle([one["seconds"] for one in every["ours"]]) for label, every in results.items()
+             if label.startswith("decode")}
+    first = min(times)
+    lines = ["context     ms/token   bytes/token   if only the bytes of the cache were added"]
+    scale = 48 / max(times.values())
+    for context, ms in times.items():
+        expected = times[first] + 1000 * (work.bytes_of_a_token(context) - work.bytes_of_a_token(first)) / limits["bytes"]
+        bar = "█" * round(ms * scale)
+        at = round(expected * scale)
+        bar = bar.ljust(at) [:at] + "│" + bar[at + 1:]
+        lines.append(f"{context:>7}{ms:>13.1f}{work.bytes_of_a_token(context) / 1e9:>11.2f} GB{expected:>8.1f} ms  {bar}")
+    return lines
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("-m", "--model", metavar="NAME_OR_FOLDER", help="a name under checkpoints/ or a folder")
+    which.add_argument("--shape", metavar="NAME", help="a published shape with random weights; `--shape list` names them")
+    add("--layers", type=int, metavar="N", help="only the first N layers of the shape")
+    add("--against", choices=["transformers"], help="measure this as well, in turn (uv run --group reference)")
+    add("-d", "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one, else cpu")
+    add("--threads", type=int, metavar="N", help="default: PyTorch's choice")
+    add("--prefill", type=int, nargs="*", default=PREFILL, metavar="N", help="prompts of so many tokens")
+    add("--decode", type=int, nargs="*", default=DECODE, metavar="N", help="tokens after so many others")
+    add("--rounds", type=int, default=3, metavar="N", help="default 3")
+    add("--compile", action="store_true", help="with torch.compile and static shapes")
+    add("--plot", action="store_true", help="what a token costs from a context of 512 to 32768")
+    add("--tricks", action="store_true", help="what each trick buys: ours against ours without it")
+    add("--speculative", action="store_true", help="tokens a second with drafts and without (deepseek_v3)")
+    add("--json", type=Path, metavar="FILE", help="write every single result there")
+    return parser.parse_args(arguments)
+
+
+def find(arguments: argparse.Namespace) -> tuple[str, Path]:
+    """(name, folder) of the checkpoint; made if it is a shape."""
+    if arguments.shape is None:
+        if arguments.layers is not None:
+            raise ValueError("--layers cuts a --shape; a checkpoint is measured as it is")
+        name = arguments.model or ("Qwen3-0.6B" if (ROOT / "checkpoints/Qwen3-0.6B/config.json").exists() else "Qwen3-Tiny")
+        return Path(name).name, Path(name) if Path(name).is_dir() else ROOT / "checkpoints" / name
+    known = shapes.published()
+    if arguments.shape.lower() not in known:
+        raise ValueError(f"--shape {arguments.shape}: known are {', '.join(known)}")
+    package, config = known[arguments.shape.lower()]
+    config = shapes.cut(config, arguments.layers)
+    name = arguments.shape.lower() + (f"-{arguments.layers}-layers" if arguments.layers else "")
+    return name, shapes.make(package, config, ROOT / "checkpoints/random" / name,
+                             lambda done, total: progress(f"random weights, file {done} of {total}"))
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    name, folder = find(arguments)
+    work = Work.of(folder)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    machine.wait_until_quiet(PATIENCE, progress)
+    progress("measuring this machine's limits")
+    limits = {"bytes": machine.read_bandwidth(device), "operations": machine.matrix_rate(device, torch.bfloat16)}
+    progress("")
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{machine.processor_name()}, {torch.get_num_threads()} threads"
+    print(f"{name} on {where}, PyTorch {torch.__version__}")
+    print(f"limits: reads {limits['bytes'] / 1e9:.1f} GB/s, multiplies {limits['operations'] / 1e12:.2f} TFLOP/s in bfloat16; "
+          f"a token reads {work.weight_bytes / 1e9:.3f} GB of the {work.file_bytes / 1e9:.2f} GB of weights and "
+          f"{work.cache_bytes / 1e3:.1f} kB for each token before it\n")
+    count = 48 if device.type == "cuda" else 16
+    tasks = [{"do": "prefill", "context": n} for n in arguments.prefill] + [
+        {"do": "decode", "context": n, "count": count} for n in arguments.decode]
+    ours = {"who": "ours", "compiled": arguments.compile}
+    results: dict = {}
+    if arguments.plot:
+        tasks = [{"do": "decode", "context": 512 << i, "count": count} for i in range(7)]
+        results = compete(folder, work.package, arguments, {"ours": ours}, tasks)
+        print("\n".join(growth(work, results, limits)))
+    elif arguments.tricks:
+        results = tricks(folder, work.package, arguments, count)
+    elif arguments.speculative:
+        results = compete(folder, work.package, arguments, {"ours": ours}, [{"do": "speculation", "context": 32, "count": 64}])
+        for field, form in (("plain", "{:.1f} tok/s plainly"), ("drafting", "{:.1f} tok/s with drafts"),
+                            ("tokens_per_step", "{:.2f} tokens for a step of the main model")):
+            print(form.format(middle([one[field] for one in results["speculation 32"]["ours"]])))
+    else:
+        peer = {arguments.against: {"who": arguments.against}} if arguments.against else {}
+        ids = {"do": "ids", "context": 32, "count": 8}
+        results = compete(folder, work.package, arguments, {"ours": ours, **peer}, [ids, *tasks])
+        print("\n".join(table(work, results, limits, arguments.against)))
+        if peer:
+            mine, theirs = (results["ids 32"][who][0]["ids"] for who in ("ours", arguments.against))
+            same = next((i for i, (a, b) in enumerate(zip(mine, theirs)) if a != b), len(mine))
+            print(f"\nthe first {same} of {len(mine)} greedy tokens are the same")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"name": name, "machine": where, "limits": limits, "work": asdict(work), "results": results}))
+
+
+def tricks(folder: Path, package: str, arguments: argparse.Namespace, count: int) -> dict:
+    """For each trick: ours against ours without it, where it matters most."""
+    print(f"{'trick':52}{'where':16}{'without':>12}{'with':>12}   ratio (least-most)")
+    every = {}
+    for name, trick in TRICKS.items():
+        if package in trick.packages:
+            task = {"do": trick.what, "context": trick.context, "count": count}
+            rivals = {"ours": {"who": "ours"}, "without": {"who": "ours", "without": name}}
+            every[name] = results = compete(folder, package, arguments, rivals, [task])
+            label = f"{trick.what} {trick.context}"
+            mine, other = rates(results, label, "ours"), rates(results, label, "without")
+            print(f"{name:52}{label:16}{middle(other):>6.1f} tok/s{middle(mine):>6.1f} tok/s   "
+                  + "{:.2f} ({:.2f}-{:.2f})".format(*ratios(mine, other)), flush=True)
+    return every
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        measure(parse_arguments(arguments))
+        return 0
+    except (ValueError, OSError, RuntimeError) as error:
+        note(f"benchmark: {error}")
+        return 2
+    except KeyboardInterrupt:
+        note("")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""One program under measurement, in a process of its own: python scripts/contender.py '{"who": "ours", …}'
+
+benchmark.py starts two of these and asks them in turn. Each line on standard input is a task as JSON, each line on
+standard output its result. The first result comes unasked: the first token of a prompt of 32.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from importlib import import_module
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+import torch
+
+from scripts.machine import synchronize
+
+
+def anonymous_memory() -> int:
+    """Bytes that belong to no file: not those of the mapped weights."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+    except (OSError, StopIteration):
+        return 0
+
+
+class Peak:
+    """The most anonymous memory while something runs, looked at every 5 ms."""
+
+    def __enter__(self) -> "Peak":
+        self.most, self.done = anonymous_memory(), threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self) -> None:
+        while not self.done.wait(0.005):
+            self.most = max(self.most, anonymous_memory())
+
+    def __exit__(self, *_) -> None:
+        self.done.set()
+        self.thread.join()
+
+
+class Ours:
+    def __init__(self, folder: str, device: str, package: str, without: str | None = None, compiled: bool = False):
+        if without:
+            from scripts.tricks import leave_out
+
+            leave_out(without, package)
+        self.generate = import_module(f"{package}.generate")
+        self.model = import_module(f"{package}.weights").load_model(folder, device)
+        self.vocabulary, self.device = self.model.config.vocab_size, torch.device(device)
+        self.flags = {"compiled": True} if compiled else {}
+
+    def ids(self, prompt: list[int], count: int) -> list[int]:
+        return list(self.generate.generate(self.model, prompt, max_new_tokens=count, **self.flags))
+
+    def token_times(self, context: int, count: int) -> list[float]:
+        """Seconds for each of `count` tokens behind `context` others, which are random numbers in the cache."""
+        cache = self.generate.new_cache(self.model, context + count + 1)
+        for tensor in vars(cache).values():
+            if isinstance(tensor, torch.Tensor):
+                tensor.normal_(generator=torch.Generator(self.device).manual_seed(0))
+        cache.length, times, last = context, [], time.perf_counter()
+        for _ in self.generate.generate(self.model, [1] * (context + 1), max_new_tokens=count, cache=cache, **self.flags):
+            times.append(time.perf_counter() - last)
+            last = time.perf_counter()
+        return times
+
+    def speculation(self, context: int, count: int) -> dict:
+        """Tokens a second plainly and with drafts, and how many tokens a step of the main model gave."""
+        prompt = torch.randint(self.vocabulary, (context,), generator=torch.Generator().manual_seed(1)).tolist()
+        acceptance, seconds = sys.modules["deepseek_v3.speculative"].Acceptance(), {}
+        for name, flags in (("plain", {}), ("drafting", {"speculative": True, "acceptance": acceptance})):
+            times, start = [], None
+            for _ in self.generate.generate(self.model, prompt, max_new_tokens=count, **flags):
+                start = start or time.perf_counter()  # the first token is the prompt's
+                times.append(time.perf_counter() - start)
+            seconds[name] = (len(times) - 1) / times[-1]
+        return seconds | {"tokens_per_step": 1 + acceptance.accepted / max(1, acceptance.drafted)}
+
+
+class Transformers:
+    """transformers with its defaults: SDPA, and a cache that grows."""
+
+    def __init__(self, folder: str, device: str, **_):
+        transformers = sys.modules["transformers"]
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        config = transformers.AutoConfig.from_pretrained(folder)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype or torch.bfloat16).to(device).eval()
+        self.vocabulary, self.device = self.model.config.vocab_size, torch.device(device)
+
+    @torch.inference_mode()
+    def step(self, ids: torch.Tensor, cache=None) -> tuple[torch.Tensor, object]:
+        out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1].argmax(-1)[:, None], out.past_key_values
+
+    def ids(self, prompt: list[int], count: int) -> list[int]:
+        (token, cache), out = self.step(torch.tensor([prompt], device=self.device)), []
+        while True:
+            out.append(int(token))
+            if len(out) == count:
+                return out
+            token, cache = self.step(token, cache)
+
+    def token_times(self, context: int, count: int) -> list[float]:
+        _, probe = self.step(torch.ones(1, 1, dtype=torch.int64, device=self.device))
+        cache = type(probe)(config=self.model.config)
+        for layer, one in enumerate(probe.layers):
+            cache.update(*(torch.randn(*x.shape[:2], context, x.shape[3], device=self.device).to(x.dtype)
+                           for x in (one.keys, one.values)), layer)
+        token, times = torch.ones(1, 1, dtype=torch.int64, device=self.device), []
+        for _ in range(count):
+            start = time.perf_counter()
+            token, cache = self.step(token, cache)
+            int(token)
+            times.append(time.perf_counter() - start)
+        return times
+
+
+def median(times: list[float]) -> float:
+    return sorted(times)[len(times) // 2]
+
+
+def work(program, task: dict) -> dict:
+    prompt = torch.randint(program.vocabulary, (task["context"] or 1,), generator=torch.Generator().manual_seed(0)).tolist()
+    if task["do"] == "ids":
+        return {"ids": program.ids(prompt, task["count"])}
+    if task["do"] == "prefill":
+        times = []
+        for _ in range(max(1, min(3, 2048 // len(prompt)))):
+            with Peak() as peak:
+                start = time.perf_counter()
+                program.ids(prompt, 1)
+                synchronize(program.device)
+                times.append(time.perf_counter() - start)
+        return {"seconds": median(times), "anonymous": peak.most}
+    if task["do"] == "decode":
+        # The first step lets the buffers find their place and may compile.
+        return {"seconds": median(program.token_times(task["context"], task["count"] + 2)[2:])}
+    return program.speculation(task["context"], task["count"])
+
+
+def main() -> None:
+    how = json.loads(sys.argv[1])
+    if threads := how.pop("threads"):
+        torch.set_num_threads(threads)
+    out = os.fdopen(os.dup(1), "w")  # what a library prints must not come between the results
+    os.dup2(2, 1)
+    who = how.pop("who")
+    import_module("transformers" if who == "transformers" else f"{how['package']}.main")
+    before = anonymous_memory()
+    loading = time.perf_counter()
+    program = (Transformers if who == "transformers" else Ours)(**how)
+    loaded = time.perf_counter()
+    memory = anonymous_memory() - before
+    program.ids([1] * 32, 1)
+    started = {"load": loaded - loading, "first": time.perf_counter() - loading, "anonymous": memory}
+    print(json.dumps(started), file=out, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(work(program, json.loads(line))), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

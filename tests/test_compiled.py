@@ -1,0 +1,94 @@
+"""The compiled decode step: the tokens of the plain one, on a CPU, where it is compiled and not recorded."""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.packages import PACKAGES, module
+from tests.seeded import LONG_PROMPT, write_case
+
+CASE = {"qwen3": "grouped", "qwen3_moe": "two_of_eight", "deepseek_v3": "moonlight"}
+
+
+def load(tmp_path, package: str) -> torch.nn.Module:
+    """In float32, where rounding decides nothing; experts stacked, as they are on a GPU."""
+    model = module(package, "weights").load_model(write_case(tmp_path, package, CASE[package]), dtype="float32")
+    if package != "qwen3":
+        for experts in model.modules():
+            if isinstance(experts, module(package, "moe").Experts):
+                weights = [weight.data for weight in experts.parameters()]
+                experts.stack(torch.device("cpu"), torch.float32)
+                for place, weight in zip(experts.parameters(), weights):
+                    place.data.copy_(weight)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", PACKAGES)
+def test_compiled_steps_give_the_tokens_of_plain_ones(tmp_path, monkeypatch, package):
+    model, generate = load(tmp_path, package), module(package, "generate")
+    monkeypatch.setattr(module(package, "compiled"), "BLOCK", 10)
+    torch._dynamo.utils.counters.clear()
+    for sampling in ({}, {"temperature": 1.0, "top_k": 20, "seed": 3}):
+        cache = generate.new_cache(model, 60)
+        for tensor in vars(cache).values():
+            if isinstance(tensor, torch.Tensor):
+                tensor.fill_(torch.nan)  # what is not written yet may be anything
+        plain = list(generate.generate(model, LONG_PROMPT[:20], max_new_tokens=24, **sampling))
+        assert list(generate.generate(model, LONG_PROMPT[:20], max_new_tokens=24, cache=cache, compiled=True, **sampling)) == plain
+        assert cache.length == 43 and len(set(plain)) > 5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # three blocks and two runs: one compilation
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_one_step_without_the_compiler_is_a_plain_step(tmp_path, monkeypatch, package):
+    """The same code, run as it stands: what `slots`, mask and position do, at each place in a block."""
+    model, generate, compiled = load(tmp_path, package), module(package, "generate"), module(package, "compiled")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(compiled, "BLOCK", 8)
+    plain = list(generate.generate(model, LONG_PROMPT[:5], max_new_tokens=30))
+    assert list(generate.generate(model, LONG_PROMPT[:5], max_new_tokens=30, compiled=True)) == plain
+    cache, other = (generate.new_cache(model, 30) for _ in range(2))
+    step = compiled.CompiledStep(model, other)
+    with torch.inference_mode():
+        for token in LONG_PROMPT[:20]:
+            logits = model(torch.tensor([[token]]), cache, last_only=True)[:, -1]
+            assert torch.allclose(step(torch.tensor([token])), logits, atol=1e-5)
+    assert other.length == 20
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_cannot_be_compiled_is_one_sentence(tmp_path, monkeypatch, package):
+    def fails(*_):
+        raise RuntimeError("no C++ compiler\nfound")
+
+    model, generate = load(tmp_path, package), module(package, "generate")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: fails)
+    with pytest.raises(ValueError, match=r"^torch.compile failed \(no C\+\+ compiler\); leave out --compile$"):
+        list(generate.generate(model, [1, 2], max_new_tokens=3, compiled=True))
+
+
+@pytest.mark.parametrize("package", ["qwen3_moe", "deepseek_v3"])
+def test_experts_that_are_not_stacked_are_refused_at_once(tmp_path, package):
+    model = module(package, "weights").load_model(write_case(tmp_path, package, CASE[package]))
+    with pytest.raises(ValueError, match="leave out --compile"):
+        module(package, "generate").generate(model, [1, 2], max_new_tokens=3, compiled=True)
+
+
+def test_drafting_is_not_compiled(tmp_path):
+    folder = write_case(tmp_path, "deepseek_v3", "yarn")
+    with pytest.raises(ValueError, match="leave out --compile or --speculative"):
+        module("deepseek_v3", "generate").generate(module("deepseek_v3", "weights").load_model(folder), [1, 2], max_new_tokens=3,
+                                                   speculative=True, compiled=True)
+
+
+def test_a_compiler_fuses_the_product_of_one_row(monkeypatch):
+    """What `product` becomes there is still the product."""
+    for package, (rows, matrices) in itertools.product(PACKAGES, [((1, 1), ()), ((1,), ()), ((3, 1), (3,))]):
+        layers = module(package, "layers")
+        x, W = torch.randn(*rows, 40), torch.randn(*matrices, 7, 40)
+        expected = layers.product(x, W)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            assert layers.product(x, W).shape == expected.shape and torch.allclose(layers.product(x, W), expected, atol=1e-5)
