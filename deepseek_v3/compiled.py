@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 from deepseek_v3.layers import KVCache
-from deepseek_v3.model import DeepseekV3
+from deepseek_v3.model import DecoderLayer, DeepseekV3
 from deepseek_v3.moe import Experts
 
 BLOCK = 256  # slots
 
 
 class Slots:
-    """The slots of a cache up to `end`, written at a position that is a tensor."""
+    """What one layer has in the cache, up to slot `end`; written at a position that is a tensor."""
 
-    def __init__(self, cache: KVCache, end: int, position: Tensor):
-        self.latents, self.position = cache.latents[:, :, :end], position
+    def __init__(self, cache: KVCache, layer: int, end: int, position: Tensor):
+        self.latents, self.position = cache.latents[layer, :, :end], position
 
     def write(self, layer: int, latents: Tensor) -> Tensor:
         """KVCache.write, but all slots are returned, and the mask has to hide those behind."""
-        self.latents[layer].index_copy_(1, self.position, latents)
-        return self.latents[layer]
+        self.latents.index_copy_(1, self.position, latents)
+        return self.latents
 
 
 def clear(cache: KVCache) -> None:
@@ -34,12 +34,9 @@ def clear(cache: KVCache) -> None:
     cache.latents[:, :, cache.length:] = 0
 
 
-def step(model: DeepseekV3, token: Tensor, slots: Slots, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-    """model(token, cache, last_only=True)[:, -1]: token (1, 1), mask (1, slots) -> logits (1, V)."""
-    x = model.model.embed_tokens(token)  # (1, 1, D)
-    for layer in model.model.layers[:model.config.num_hidden_layers]:
-        x = layer(x, cos, sin, mask, slots)
-    return model.head(model.model.norm(x))[:, -1]
+def run_layer(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, slots: Slots) -> Tensor:
+    """What is compiled: one layer, and not one function of all, which would take as many times as long to compile."""
+    return layer(x, cos, sin, mask, slots)
 
 
 class CompiledStep:
@@ -60,12 +57,13 @@ class CompiledStep:
         device = cache.device
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.slots = torch.arange(cache.capacity, device=device)
+        self.all_slots = torch.arange(cache.capacity, device=device)
         model.model.rotary_emb(self.position[None], cache.capacity, torch.float32)  # lets its tables grow now
         self.tables = model.model.rotary_emb.cos, model.model.rotary_emb.sin
         # Numbers are rounded where the plain step rounds them, or other tokens might come.
-        self.compute = torch.compile(step, dynamic=True, options={"emulate_precision_casts": True})
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by the last slot
+        self.run_layer = torch.compile(run_layer, dynamic=True, options={"emulate_precision_casts": True})
+        self.slots: dict[int, list[Slots]] = {}  # by their end, for each layer
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by the same
 
     def __call__(self, token: Tensor) -> Tensor:
         self.token.copy_(token[:, None])
@@ -79,9 +77,15 @@ class CompiledStep:
         return logits
 
     def computed(self, end: int) -> Tensor:
+        """model(token, cache, last_only=True)[:, -1]"""
+        if end not in self.slots:
+            self.slots[end] = [Slots(self.cache, layer, end, self.position) for layer in range(self.model.config.num_hidden_layers)]
         cos, sin = (table[self.position][None, None].to(self.dtype) for table in self.tables)  # (1, 1, 1, N/2)
-        mask = self.slots[None, :end] <= self.position  # (1, end)
-        return self.compute(self.model, self.token, Slots(self.cache, end, self.position), cos, sin, mask)
+        mask = self.all_slots[None, :end] <= self.position  # (1, end)
+        x = self.model.model.embed_tokens(self.token)  # (1, 1, D)
+        for layer, slots in zip(self.model.model.layers, self.slots[end]):
+            x = self.run_layer(layer, x, cos, sin, mask, slots)
+        return self.model.head(self.model.model.norm(x))[:, -1]
 
     def replayed(self, end: int) -> Tensor:
         if end not in self.graphs:

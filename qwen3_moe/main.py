@@ -70,7 +70,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--show-experts", action="store_true", help="at the end, a picture of which experts worked")
     add("--seed", type=int, metavar="N", help="repeat the same random choices")
     add("-d", "--device", help="cpu, cuda, cuda:1, mps; default: the fastest that is there")
-    add("--compile", action="store_true", help="compile the decode step: a minute of waiting, then faster on a GPU")
+    add("--compile", action="store_true", help="compile the decode step: half a minute of waiting once, then faster on a GPU")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own (FP8 weights stay FP8)")
     return parser.parse_args(arguments)
 
