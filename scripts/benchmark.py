@@ -226,17 +226,19 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def find(arguments: argparse.Namespace) -> tuple[str, Path]:
     """(name, folder) of the checkpoint; made if it is a shape."""
+    known = shapes.published()
+    if arguments.shape is not None and arguments.shape.lower() not in known:
+        raise ValueError(f"--shape {arguments.shape}: known are {', '.join(known)}")
     if arguments.shape is None:
         if arguments.layers is not None:
             raise ValueError("--layers cuts a --shape; a checkpoint is measured as it is")
         name = arguments.model or ("Qwen3-0.6B" if (ROOT / "checkpoints/Qwen3-0.6B/config.json").exists() else "Qwen3-Tiny")
         return Path(name).name, Path(name) if Path(name).is_dir() else ROOT / "checkpoints" / name
-    known = shapes.published()
-    if arguments.shape.lower() not in known:
-        raise ValueError(f"--shape {arguments.shape}: known are {', '.join(known)}")
     package, config = known[arguments.shape.lower()]
     config = shapes.cut(config, arguments.layers)
     name = arguments.shape.lower() + (f"-{arguments.layers}-layers" if arguments.layers else "")
+    if arguments.speculative and package == "deepseek_v3" and not config.get("num_nextn_predict_layers"):
+        config, name = config | {"num_nextn_predict_layers": 1}, f"{name}-drafting"
     return name, shapes.make(package, config, ROOT / "checkpoints/random" / name,
                              lambda done, total: progress(f"random weights, file {done} of {total}"))
 
@@ -268,10 +270,14 @@ def measure(arguments: argparse.Namespace) -> None:
     elif arguments.tricks:
         results = tricks(folder, work.package, arguments, count)
     elif arguments.speculative:
+        if work.package != "deepseek_v3":
+            raise ValueError("--speculative is for deepseek_v3, whose layer for a second token can draft")
         results = compete(folder, work.package, arguments, {"ours": ours}, [{"do": "speculation", "context": 32, "count": 64}])
-        for field, form in (("plain", "{:.1f} tok/s plainly"), ("drafting", "{:.1f} tok/s with drafts"),
-                            ("tokens_per_step", "{:.2f} tokens for a step of the main model")):
-            print(form.format(middle([one[field] for one in results["speculation 32"]["ours"]])))
+        plain, drafting, tokens = (middle([one[field] for one in results["speculation 32"]["ours"]])
+                                   for field in ("plain", "drafting", "tokens_per_step"))
+        print(f"{plain:.1f} tok/s plainly, {drafting:.1f} tok/s with drafts, {tokens:.2f} tokens for a step of the main model\n"
+              f"with drafts {drafting / tokens:.1f} steps a second: {2 * drafting / tokens:.1f} tok/s if every draft were right, faster "
+              f"than plainly from {max(0, plain * tokens / drafting - 1):.0%} on")
     else:
         peer = {arguments.against: {"who": arguments.against}} if arguments.against else {}
         ids = {"do": "ids", "context": 32, "count": 8}
@@ -287,17 +293,23 @@ def measure(arguments: argparse.Namespace) -> None:
 
 def tricks(folder: Path, package: str, arguments: argparse.Namespace, count: int) -> dict:
     """For each trick: ours against ours without it, where it matters most."""
-    print(f"{'trick':52}{'where':16}{'without':>12}{'with':>12}   ratio (least-most)")
-    every = {}
-    for name, trick in TRICKS.items():
-        if package in trick.packages:
-            task = {"do": trick.what, "context": trick.context, "count": count}
-            rivals = {"ours": {"who": "ours"}, "without": {"who": "ours", "without": name}}
-            every[name] = results = compete(folder, package, arguments, rivals, [task])
-            label = f"{trick.what} {trick.context}"
+    print(f"{'trick':49}{'measured':14}{'without':>13}{'with':>13}   ratio (least-most)")
+    every, names = {}, {"--compile": None} | {name: trick for name, trick in TRICKS.items() if package in trick.packages}
+    if package != "qwen3" and arguments.device == "cpu":
+        del names["--compile"]  # needs experts in stacks
+    for name, trick in names.items():
+        what, context = (trick.what, trick.context) if trick else ("decode", 32)
+        rivals = {"ours": {"who": "ours", "compiled": trick is None}, "without": {"who": "ours", "without": name if trick else None}}
+        tasks = [{"do": what, "context": context, "count": count}] if what != "start" else []
+        every[name] = results = compete(folder, package, arguments, rivals, tasks)
+        if tasks:
+            label, form = f"{what} {context}", "{:.1f} tok/s"
             mine, other = rates(results, label, "ours"), rates(results, label, "without")
-            print(f"{name:52}{label:16}{middle(other):>6.1f} tok/s{middle(mine):>6.1f} tok/s   "
-                  + "{:.2f} ({:.2f}-{:.2f})".format(*ratios(mine, other)), flush=True)
+        else:
+            label, form = "first token", "{:.2f} s"
+            mine, other = ([one["first"] for one in results["start"][who]] for who in rivals)
+        print(f"{name:49}{label:14}{form.format(middle(other)):>13}{form.format(middle(mine)):>13}   "
+              + "{:.2f} ({:.2f}-{:.2f})".format(*ratios(mine, other)), flush=True)
     return every
 
 

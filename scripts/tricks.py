@@ -4,10 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
-import torch
 import torch.nn.functional as F
 
-ALL = ("qwen3", "qwen3_moe", "deepseek_v3")
+ALL, EXPERTS = ("qwen3", "qwen3_moe", "deepseek_v3"), ("qwen3_moe", "deepseek_v3")
 
 
 @dataclass(frozen=True)
@@ -31,28 +30,62 @@ def replace(package: str, name: str, new: object) -> None:
             setattr(module, name, new)
 
 
+def copied(package: str) -> None:
+    files = import_module(f"{package}.files").CheckpointFiles
+    read = files.read
+    files.read = lambda self, name: read(self, name).clone()
+
+
 def with_onednn(package: str) -> None:
-    replace(package, "product", F.linear)
+    replace(package, "product", lambda x, W: x @ W.mT)
+
+
+def heads_apart(package: str) -> None:
+    replace(package, "attend", lambda q, k, v, mask, scale: F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True))
 
 
 def written_out(package: str) -> None:
     replace(package, "attend", import_module(f"{package}.attention").attention_written_out)
 
 
-def heads_apart(package: str) -> None:
-    def attend(q, k, v, mask, scale):
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+def head_for_all(package: str) -> None:
+    from scripts.shapes import KINDS
 
-    replace(package, "attend", attend)
+    kind = getattr(import_module(f"{package}.model"), KINDS[package])
+    forward = kind.forward
+    kind.forward = lambda self, token_ids, cache=None, last_only=False: forward(self, token_ids, cache)
+
+
+def every_expert(package: str) -> None:
+    replace(package, "mix_grouped", import_module(f"{package}.moe").mix_written_out)
+
+
+def sorted_token(package: str) -> None:
+    replace(package, "mix_one_token", import_module(f"{package}.moe").mix_grouped)
+
+
+def expanded(package: str) -> None:
+    import_module(f"{package}.mla").Attention.absorbs = lambda self, T, S: False
+
+
+def latents_as_heads(package: str) -> None:
+    definition = import_module(f"{package}.attention").attention_written_out
+    replace(package, "attention_on_latents", lambda q, latents, R, mask, scale: definition(
+        q, latents[:, None], latents[:, None, :, :R], mask, scale))
 
 
 TRICKS = {
+    "weights stay in the mapped file": Trick("start", 32, copied),
     "one row without oneDNN": Trick("decode", 32, with_onednn),
-    "queries of a group as rows of one product": Trick("decode", 4096, heads_apart, ("qwen3", "qwen3_moe")),
+    "queries that share a key as rows of one product": Trick("decode", 4096, heads_apart, ("qwen3", "qwen3_moe")),
+    "one token's experts without sorting": Trick("decode", 32, sorted_token, EXPERTS),
+    "absorbed instead of expanded latents": Trick("decode", 4096, expanded, ("deepseek_v3",)),
+    "latents by plain products": Trick("decode", 4096, latents_as_heads, ("deepseek_v3",)),
     "fused attention": Trick("prefill", 4096, written_out),
+    "the head for the last token only": Trick("prefill", 512, head_for_all),
+    "each expert on its tokens only": Trick("prefill", 128, every_expert, EXPERTS),
 }
 
 
 def leave_out(name: str, package: str) -> None:
-    with torch.no_grad():
-        TRICKS[name].leave_out(package)
+    TRICKS[name].leave_out(package)
