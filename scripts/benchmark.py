@@ -12,10 +12,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
@@ -23,6 +25,7 @@ sys.path[:0] = [str(ROOT)]
 import torch
 
 from scripts import machine, shapes
+from scripts.report import Work, growth, rates, ratios, table
 from scripts.tricks import TRICKS
 
 PATIENCE = 60  # seconds to wait for a quiet machine before measuring all the same
@@ -38,60 +41,21 @@ def progress(text: str) -> None:
         note(f"\r\033[K{text}", end="")
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a checkpoint asks of a machine, by arithmetic alone."""
-
-    package: str
-    file_bytes: int  # all weights, as stored
-    weight_bytes: int  # read for one token
-    cache_bytes: int  # read for one token, for each token before it
-    matrix_values: int  # weights that multiply one token of a prompt, without the head
-    attention_operations: int  # for one query and one key, of all layers
-
-    @staticmethod
-    def of(folder: Path) -> "Work":
-        package = shapes.package_of(folder)
-        weights, layers = import_module(f"{package}.weights"), import_module(f"{package}.layers")
-        kind = shapes.KINDS[package]
-        config = getattr(import_module(f"{package}.config"), f"{kind}Config").from_checkpoint(folder)
-        files = import_module(f"{package}.files").CheckpointFiles(folder)
-        with torch.device("meta"):
-            model = getattr(import_module(f"{package}.model"), kind)(config).to(weights.compute_dtype(config, files, None))
-        stored, expanded = weights.bytes_per_token(model), model.model.norm.weight.dtype.itemsize
-        if config.weight_block_size:  # a byte for a weight in the matrices of the layers, which are nearly all
-            head = model.lm_head.weight.nbytes if model.lm_head is not None else model.model.embed_tokens.weight.nbytes
-            values, stored = (stored - head) // expanded, head + (stored - head) // expanded
-        else:
-            values = stored // expanded - config.vocab_size * config.hidden_size
-        key, value = ((config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim) if package == "deepseek_v3"
-                      else (config.head_dim, config.head_dim))
-        return Work(package, weights.bytes_in_memory(folder), stored,
-                    layers.KVCache.bytes_per_token(config, model.model.norm.weight.dtype), values,
-                    2 * config.num_hidden_layers * config.num_attention_heads * (key + value))
-
-    def bytes_of_a_token(self, context: int) -> int:
-        return self.weight_bytes + context * self.cache_bytes
-
-    def operations_of_a_prompt(self, tokens: int) -> int:
-        """Each token times each weight, and each token with itself and those before it."""
-        return 2 * self.matrix_values * tokens + self.attention_operations * tokens * (tokens + 1) // 2
-
-
 class Contender:
     """A process of contender.py."""
 
     def __init__(self, folder: Path, package: str, arguments: argparse.Namespace, who: str = "ours", **how):
         how = {"who": who, "folder": str(folder), "package": package, "device": arguments.device, "threads": arguments.threads, **how}
-        self.name, start = who, time.perf_counter()
+        self.name, self.errors, start = who, tempfile.TemporaryFile("w+"), time.perf_counter()
         self.process = subprocess.Popen([sys.executable, ROOT / "scripts/contender.py", json.dumps(how)], text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
         self.started = self.answer() | {"seconds": time.perf_counter() - start}
 
     def answer(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            raise ValueError(f"{self.name} ended: {(self.process.stderr.read().strip() or 'no message').splitlines()[-1]}")
+            self.errors.seek(0)
+            raise ValueError(f"{self.name} ended: {(self.errors.read().strip() or 'no message').splitlines()[-1]}")
         return json.loads(line)
 
     def ask(self, **task) -> dict:
@@ -116,91 +80,36 @@ def undisturbed(measure, processes: list[int]) -> dict:
     return result
 
 
-def compete(folder: Path, package: str, arguments: argparse.Namespace, rivals: dict[str, dict], tasks: list[dict]) -> dict:
-    """Results by task, then by rival: one for each round. In a round all rivals start anew and do each task in turn."""
+def compete(folder: Path, work: Work, arguments: argparse.Namespace, rivals: dict[str, dict], tasks: list[dict]) -> dict:
+    """Results by task, then by rival: one for each round. In a round all rivals start anew and do each task in turn.
+
+    Where several copies of the weights and the mapped file would not fit in memory, each rival does all its tasks before
+    the next one starts: a page of the file that has to make room is read from the disk again, and slow.
+    """
     results: dict[str, dict[str, list[dict]]] = {}
+    free = import_module(f"{work.package}.weights").free_memory(torch.device("cpu"))
+    together = free is None or (len(rivals) + 1) * work.file_bytes < free
     for round_ in range(1, arguments.rounds + 1):
-        running: dict[str, Contender] = {}
-        try:
-            for name, how in rivals.items():
-                progress(f"round {round_} of {arguments.rounds}: {name} starts")
-                machine.wait_until_quiet(PATIENCE, progress)
-                running[name] = Contender(folder, package, arguments, **how)
-                results.setdefault("start", {}).setdefault(name, []).append(running[name].started)
-            processes = [contender.process.pid for contender in running.values()]
-            for task in tasks:
-                label = f"{task['do']} {task['context']}"
-                for name, contender in running.items():
-                    progress(f"round {round_} of {arguments.rounds}: {name}, {label}")
-                    result = undisturbed(lambda: contender.ask(**task), processes)
-                    results.setdefault(label, {}).setdefault(name, []).append(result)
-        finally:
-            for contender in running.values():
-                contender.stop()
+        for group in [rivals] if together else [{name: how} for name, how in rivals.items()]:
+            running: dict[str, Contender] = {}
+            try:
+                for name, how in group.items():
+                    progress(f"round {round_} of {arguments.rounds}: {name} starts")
+                    machine.wait_until_quiet(PATIENCE, progress)
+                    running[name] = Contender(folder, work.package, arguments, **how)
+                    results.setdefault("start", {}).setdefault(name, []).append(running[name].started)
+                processes = [contender.process.pid for contender in running.values()]
+                for task in tasks:
+                    label = f"{task['do']} {task['context']}"
+                    for name, contender in running.items():
+                        progress(f"round {round_} of {arguments.rounds}: {name}, {label}")
+                        result = undisturbed(lambda: contender.ask(**task), processes)
+                        results.setdefault(label, {}).setdefault(name, []).append(result)
+            finally:
+                for contender in running.values():
+                    contender.stop()
     progress("")
     return results
-
-
-def middle(numbers: list[float]) -> float:
-    return sorted(numbers)[len(numbers) // 2]
-
-
-def ratios(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
-    """(median, least, most) of the rounds' own ratios ours/theirs: what slows a round slows both."""
-    each = sorted(one / other for one, other in zip(ours, theirs))
-    return middle(each), each[0], each[-1]
-
-
-def rates(results: dict, label: str, name: str) -> list[float]:
-    """Tokens a second, of each round."""
-    what, context = label.split()
-    return [(int(context) if what == "prefill" else 1) / one["seconds"] for one in results[label][name]]
-
-
-def table(work: Work, results: dict, limits: dict, peer: str | None) -> list[str]:
-    lines = [f"{'':24}{'ours':>12}{'limit':>12}{'reached':>9}" + (f"{peer:>15}   ratio (least-most)" if peer else "")]
-
-    def line(what: str, ours: list[float], theirs: list[float] | None, form: str, limit: float | None = None) -> None:
-        text = f"{what:24}{form.format(middle(ours)):>12}"
-        text += f"{form.format(limit):>12}{middle(ours) / limit:>9.0%}" if limit else f"{'':21}"
-        if theirs:
-            text += f"{form.format(middle(theirs)):>15}   " + "{:.2f} ({:.2f}-{:.2f})".format(*ratios(ours, theirs))
-        lines.append(text)
-
-    def both(label: str, field: str, scale: float = 1) -> tuple[list[float], list[float] | None]:
-        of = {name: [one[field] / scale for one in every] for name, every in results[label].items()}
-        return of["ours"], of.get(peer)
-
-    line("loading", *both("start", "load"), "{:.2f} s")
-    line("… to first token", *both("start", "first"), "{:.2f} s")
-    line("… with all imports", *both("start", "seconds"), "{:.2f} s")
-    line("memory beside the file", *both("start", "anonymous", 1e9), "{:.2f} GB")
-    for label in results:
-        what, *context = label.split()
-        if what in ("prefill", "decode"):
-            n = int(context[0])
-            limit = (n * limits["operations"] / work.operations_of_a_prompt(n) if what == "prefill"
-                     else limits["bytes"] / work.bytes_of_a_token(n))
-            line(label, rates(results, label, "ours"), rates(results, label, peer) if peer else None, "{:.1f} tok/s", limit)
-            if what == "prefill":
-                line("  memory beside the file", *both(label, "anonymous", 1e9), "{:.2f} GB")
-    return lines
-
-
-def growth(work: Work, results: dict, limits: dict) -> list[str]:
-    """What a token costs by context, as a table and a plot: time against the bytes that it reads."""
-    times = {int(label.split()[1]): 1000 * middle([one["seconds"] for one in every["ours"]]) for label, every in results.items()
-             if label.startswith("decode")}
-    first = min(times)
-    lines = ["context     ms/token   bytes/token   if only the bytes of the cache were added"]
-    scale = 48 / max(times.values())
-    for context, ms in times.items():
-        expected = times[first] + 1000 * (work.bytes_of_a_token(context) - work.bytes_of_a_token(first)) / limits["bytes"]
-        bar = "█" * round(ms * scale)
-        at = round(expected * scale)
-        bar = bar.ljust(at) [:at] + "│" + bar[at + 1:]
-        lines.append(f"{context:>7}{ms:>13.1f}{work.bytes_of_a_token(context) / 1e9:>11.2f} GB{expected:>8.1f} ms  {bar}")
-    return lines
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -246,6 +155,8 @@ def find(arguments: argparse.Namespace) -> tuple[str, Path]:
 def measure(arguments: argparse.Namespace) -> None:
     name, folder = find(arguments)
     work = Work.of(folder)
+    if arguments.speculative and work.package != "deepseek_v3":
+        raise ValueError("--speculative is for deepseek_v3, whose layer for a second token can draft")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
@@ -264,16 +175,15 @@ def measure(arguments: argparse.Namespace) -> None:
     ours = {"who": "ours", "compiled": arguments.compile}
     results: dict = {}
     if arguments.plot:
-        tasks = [{"do": "decode", "context": 512 << i, "count": count} for i in range(7)]
-        results = compete(folder, work.package, arguments, {"ours": ours}, tasks)
+        tasks = [{"do": "decode", "context": 512 << i, "count": count} for i in range(7)
+                 if (512 << i) + count + 8 <= work.context_length]
+        results = compete(folder, work, arguments, {"ours": ours}, tasks)
         print("\n".join(growth(work, results, limits)))
     elif arguments.tricks:
-        results = tricks(folder, work.package, arguments, count)
+        results = tricks(folder, work, arguments, count)
     elif arguments.speculative:
-        if work.package != "deepseek_v3":
-            raise ValueError("--speculative is for deepseek_v3, whose layer for a second token can draft")
-        results = compete(folder, work.package, arguments, {"ours": ours}, [{"do": "speculation", "context": 32, "count": 64}])
-        plain, drafting, tokens = (middle([one[field] for one in results["speculation 32"]["ours"]])
+        results = compete(folder, work, arguments, {"ours": ours}, [{"do": "speculation", "context": 32, "count": 64}])
+        plain, drafting, tokens = (median([one[field] for one in results["speculation 32"]["ours"]])
                                    for field in ("plain", "drafting", "tokens_per_step"))
         print(f"{plain:.1f} tok/s plainly, {drafting:.1f} tok/s with drafts, {tokens:.2f} tokens for a step of the main model\n"
               f"with drafts {drafting / tokens:.1f} steps a second: {2 * drafting / tokens:.1f} tok/s if every draft were right, faster "
@@ -281,7 +191,7 @@ def measure(arguments: argparse.Namespace) -> None:
     else:
         peer = {arguments.against: {"who": arguments.against}} if arguments.against else {}
         ids = {"do": "ids", "context": 32, "count": 8}
-        results = compete(folder, work.package, arguments, {"ours": ours, **peer}, [ids, *tasks])
+        results = compete(folder, work, arguments, {"ours": ours, **peer}, [ids, *tasks])
         print("\n".join(table(work, results, limits, arguments.against)))
         if peer:
             mine, theirs = (results["ids 32"][who][0]["ids"] for who in ("ours", arguments.against))
@@ -291,24 +201,24 @@ def measure(arguments: argparse.Namespace) -> None:
         arguments.json.write_text(json.dumps({"name": name, "machine": where, "limits": limits, "work": asdict(work), "results": results}))
 
 
-def tricks(folder: Path, package: str, arguments: argparse.Namespace, count: int) -> dict:
+def tricks(folder: Path, work: Work, arguments: argparse.Namespace, count: int) -> dict:
     """For each trick: ours against ours without it, where it matters most."""
     print(f"{'trick':49}{'measured':14}{'without':>13}{'with':>13}   ratio (least-most)")
-    every, names = {}, {"--compile": None} | {name: trick for name, trick in TRICKS.items() if package in trick.packages}
-    if package != "qwen3" and arguments.device == "cpu":
+    every, names = {}, {"--compile": None} | {name: trick for name, trick in TRICKS.items() if work.package in trick.packages}
+    if work.package != "qwen3" and arguments.device == "cpu":
         del names["--compile"]  # needs experts in stacks
     for name, trick in names.items():
         what, context = (trick.what, trick.context) if trick else ("decode", 32)
         rivals = {"ours": {"who": "ours", "compiled": trick is None}, "without": {"who": "ours", "without": name if trick else None}}
         tasks = [{"do": what, "context": context, "count": count}] if what != "start" else []
-        every[name] = results = compete(folder, package, arguments, rivals, tasks)
+        every[name] = results = compete(folder, work, arguments, rivals, tasks)
         if tasks:
             label, form = f"{what} {context}", "{:.1f} tok/s"
             mine, other = rates(results, label, "ours"), rates(results, label, "without")
         else:
             label, form = "first token", "{:.2f} s"
             mine, other = ([one["first"] for one in results["start"][who]] for who in rivals)
-        print(f"{name:49}{label:14}{form.format(middle(other)):>13}{form.format(middle(mine)):>13}   "
+        print(f"{name:49}{label:14}{form.format(median(other)):>13}{form.format(median(mine)):>13}   "
               + "{:.2f} ({:.2f}-{:.2f})".format(*ratios(mine, other)), flush=True)
     return every
 

@@ -81,7 +81,7 @@ TRICKS = {
     "one token's experts without sorting": Trick("decode", 32, sorted_token, EXPERTS),
     "absorbed instead of expanded latents": Trick("decode", 4096, expanded, ("deepseek_v3",)),
     "latents by plain products": Trick("decode", 4096, latents_as_heads, ("deepseek_v3",)),
-    "fused attention": Trick("prefill", 4096, written_out),
+    "fused attention": Trick("prefill", 1024, written_out),
     "the head for the last token only": Trick("prefill", 512, head_for_all),
     "each expert on its tokens only": Trick("prefill", 128, every_expert, EXPERTS),
 }

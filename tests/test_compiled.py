@@ -1,6 +1,9 @@
 """The compiled decode step: the tokens of the plain one, on a CPU, where it is compiled and not recorded."""
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,3 +97,13 @@ def test_a_compiler_fuses_the_product_of_one_row(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
             assert layers.product(x, W).shape == expected.shape and torch.allclose(layers.product(x, W), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_loading_and_generating_plainly_do_not_import_the_compiler(tmp_path, package):
+    """It takes a second, and PyTorch asks for it as soon as random numbers are wanted on the meta device."""
+    code = (f"import sys; from {package}.weights import load_model; from {package}.generate import generate\n"
+            f"print(len(list(generate(load_model({str(write_case(tmp_path, package, CASE[package]))!r}), [1, 2], max_new_tokens=2))),"
+            " 'torch._dynamo' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.stdout == "2 False\n", done.stderr

@@ -1,0 +1,109 @@
+"""What was measured against what was to be expected: bytes, operations, tables. Used by benchmark.py."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from scripts import shapes
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a checkpoint asks of a machine, by arithmetic alone."""
+
+    package: str
+    file_bytes: int  # all weights, as stored
+    weight_bytes: int  # read for one token
+    cache_bytes: int  # read for one token, for each token before it
+    matrix_values: int  # weights that multiply one token of a prompt, without the head
+    attention_operations: int  # for one query and one key, of all layers
+    context_length: int  # tokens at most
+
+    @staticmethod
+    def of(folder: Path) -> "Work":
+        package = shapes.package_of(folder)
+        weights, layers = import_module(f"{package}.weights"), import_module(f"{package}.layers")
+        kind = shapes.KINDS[package]
+        config = getattr(import_module(f"{package}.config"), f"{kind}Config").from_checkpoint(folder)
+        files = import_module(f"{package}.files").CheckpointFiles(folder)
+        with torch.device("meta"):
+            model = getattr(import_module(f"{package}.model"), kind)(config).to(weights.compute_dtype(config, files, None))
+        stored, expanded = weights.bytes_per_token(model), model.model.norm.weight.dtype.itemsize
+        if config.weight_block_size:  # a byte for a weight in the matrices of the layers, which are nearly all
+            head = model.lm_head.weight.nbytes if model.lm_head is not None else model.model.embed_tokens.weight.nbytes
+            values, stored = (stored - head) // expanded, head + (stored - head) // expanded
+        else:
+            values = stored // expanded - config.vocab_size * config.hidden_size
+        key, value = ((config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim) if package == "deepseek_v3"
+                      else (config.head_dim, config.head_dim))
+        return Work(package, weights.bytes_in_memory(folder), stored,
+                    layers.KVCache.bytes_per_token(config, model.model.norm.weight.dtype), values,
+                    2 * config.num_hidden_layers * config.num_attention_heads * (key + value), config.context_length)
+
+    def bytes_of_a_token(self, context: int) -> int:
+        return self.weight_bytes + context * self.cache_bytes
+
+    def operations_of_a_prompt(self, tokens: int) -> int:
+        """Each token times each weight, and each token with itself and those before it."""
+        return 2 * self.matrix_values * tokens + self.attention_operations * tokens * (tokens + 1) // 2
+
+
+def ratios(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
+    """(median, least, most) of the rounds' own ratios ours/theirs: what slows a round slows both."""
+    each = sorted(one / other for one, other in zip(ours, theirs))
+    return median(each), each[0], each[-1]
+
+
+def rates(results: dict, label: str, name: str) -> list[float]:
+    """Tokens a second, of each round."""
+    what, context = label.split()
+    return [(int(context) if what == "prefill" else 1) / one["seconds"] for one in results[label][name]]
+
+
+def table(work: Work, results: dict, limits: dict, peer: str | None) -> list[str]:
+    lines = [f"{'':24}{'ours':>12}{'limit':>12}{'reached':>9}" + (f"{peer:>15}   ratio (least-most)" if peer else "")]
+
+    def line(what: str, ours: list[float], theirs: list[float] | None, form: str, limit: float | None = None) -> None:
+        text = f"{what:24}{form.format(median(ours)):>12}"
+        text += f"{form.format(limit):>12}{median(ours) / limit:>9.0%}" if limit else f"{'':21}"
+        if theirs and all(theirs):
+            text += f"{form.format(median(theirs)):>15}   " + "{:.2f} ({:.2f}-{:.2f})".format(*ratios(ours, theirs))
+        lines.append(text)
+
+    def both(label: str, field: str, scale: float = 1) -> tuple[list[float], list[float] | None]:
+        of = {name: [one[field] / scale for one in every] for name, every in results[label].items()}
+        return of["ours"], of.get(peer)
+
+    line("loading", *both("start", "load"), "{:.2f} s")
+    line("… to first token", *both("start", "first"), "{:.2f} s")
+    line("… with all imports", *both("start", "seconds"), "{:.2f} s")
+    line("memory beside the file", *both("start", "anonymous", 1e9), "{:.2f} GB")
+    for label in results:
+        what, *context = label.split()
+        if what in ("prefill", "decode"):
+            n = int(context[0])
+            limit = (n * limits["operations"] / work.operations_of_a_prompt(n) if what == "prefill"
+                     else limits["bytes"] / work.bytes_of_a_token(n))
+            line(label, rates(results, label, "ours"), rates(results, label, peer) if peer else None, "{:.1f} tok/s", limit)
+            if what == "prefill":
+                line("  memory beside the file", *both(label, "anonymous", 1e9), "{:.2f} GB")
+    return lines
+
+
+def growth(work: Work, results: dict, limits: dict) -> list[str]:
+    """What a token costs by context, as a table and a plot: time against the bytes that it reads."""
+    times = {int(label.split()[1]): 1000 * median([one["seconds"] for one in every["ours"]]) for label, every in results.items()
+             if label.startswith("decode")}
+    first = min(times)
+    lines = ["context     ms/token   bytes/token   if only the bytes of the cache were added"]
+    scale = 48 / max(times.values())
+    for context, ms in times.items():
+        expected = times[first] + 1000 * (work.bytes_of_a_token(context) - work.bytes_of_a_token(first)) / limits["bytes"]
+        bar = "█" * round(ms * scale)
+        at = round(expected * scale)
+        bar = bar.ljust(at) [:at] + "│" + bar[at + 1:]
+        lines.append(f"{context:>7}{ms:>13.1f}{work.bytes_of_a_token(context) / 1e9:>11.2f} GB{expected:>8.1f} ms  {bar}")
+    return lines

@@ -1,0 +1,130 @@
+"""The benchmark's arithmetic, on the embedded checkpoints: bytes, operations, ratios. Never its timings."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.utils.flop_counter import FlopCounterMode
+
+from scripts import benchmark, machine, report, shapes
+from tests.packages import PACKAGES, module
+
+ROOT = benchmark.ROOT
+FOLDERS = {package: ROOT / "checkpoints" / name for package, (_, name) in PACKAGES.items()}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_bytes_are_those_of_the_file(package):
+    work, stored = report.Work.of(FOLDERS[package]), {}
+    for path in FOLDERS[package].glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            stored |= {name: math.prod(file.get_slice(name).get_shape()) * 2 for name in file.keys()}
+    config = json.loads((FOLDERS[package] / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    copies = [f"model.layers.{layers}.embed_tokens.weight", f"model.layers.{layers}.shared_head.head.weight"]  # not kept twice
+    stored = {name: size for name, size in stored.items() if name not in copies}
+    assert work.package == package and work.file_bytes == pytest.approx(sum(stored.values()), rel=1e-3)  # a bias is float32
+    experts = sum(size for name, size in stored.items() if ".experts." in name and int(name.split(".")[2]) < layers)
+    share = config.get("num_experts_per_tok", 0) / (config.get("num_experts") or config.get("n_routed_experts") or 1)
+    drafting = sum(size for name, size in stored.items() if name.startswith(f"model.layers.{layers}."))
+    embedding = 0 if config["tie_word_embeddings"] else stored["model.embed_tokens.weight"]
+    assert work.weight_bytes == pytest.approx(sum(stored.values()) - experts * (1 - share) - drafting - embedding, rel=1e-3)
+    values = (config["kv_lora_rank"] + config["qk_rope_head_dim"] if package == "deepseek_v3"
+              else 2 * config["num_key_value_heads"] * config["head_dim"])
+    assert work.cache_bytes == layers * values * 2
+    assert work.bytes_of_a_token(1000) == work.weight_bytes + 1000 * work.cache_bytes
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_operations_are_those_that_pytorch_counts(package):
+    work, T = report.Work.of(FOLDERS[package]), 30
+    model = module(package, "weights").load_model(FOLDERS[package], dtype="float32")
+    part = module(package, "mla" if package == "deepseek_v3" else "attention")
+    part.attend, attend = module(package, "attention").attention_written_out, part.attend  # counted as products
+    try:
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            model.model(torch.arange(T)[None])
+    finally:
+        part.attend = attend
+    # Written out, attention also computes what the mask hides: T² and not T (T + 1) / 2.
+    expected = work.operations_of_a_prompt(T) + work.attention_operations * T * (T - 1) // 2
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)  # norms are no products
+
+
+def test_a_published_shape_in_numbers(tmp_path):
+    package, config = shapes.published()["qwen3-0.6b"]
+    assert package == "qwen3" and shapes.cut(config, None) == config
+    assert shapes.cut(config, 3)["num_hidden_layers"] == 3
+    for layers in (0, 29):
+        with pytest.raises(ValueError, match="the shape has 28"):
+            shapes.cut(config, layers)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_random_checkpoints_load_and_no_two_rows_are_the_same(tmp_path, package):
+    config = json.loads((FOLDERS[package] / "config.json").read_text())
+    folder = shapes.make(package, config, tmp_path / "one")
+    model = module(package, "weights").load_model(folder)
+    assert len(model.model.embed_tokens.weight.unique(dim=0)) == config["vocab_size"]
+    assert 0.015 < float(model.model.embed_tokens.weight.float().std()) < 0.025
+    written = (folder / "model.safetensors.index.json").stat().st_mtime_ns
+    shapes.make(package, config, folder)  # is there already
+    assert (folder / "model.safetensors.index.json").stat().st_mtime_ns == written
+
+
+def test_ratios_are_taken_round_by_round():
+    assert report.ratios([10, 20, 30], [5, 20, 10]) == (2, 1, 3)
+    assert report.rates({"prefill 512": {"ours": [{"seconds": 2.0}]}, "decode 32": {"ours": [{"seconds": 0.1}]}}, "prefill 512", "ours") == [256]
+    assert report.rates({"decode 32": {"ours": [{"seconds": 0.1}]}}, "decode 32", "ours") == [10]
+
+
+def test_the_table_and_the_plot():
+    work = report.Work("qwen3", 10**9, 10**9, 10**6, 5 * 10**8, 0, 10**4)
+    limits = {"bytes": 1e10, "operations": 1e12}
+    start = {"load": 0.1, "first": 0.2, "seconds": 1.0, "anonymous": 1e7}
+    results = {"start": {"ours": [start], "them": [start | {"first": 0.8}]},
+               "prefill 100": {"ours": [{"seconds": 0.2, "anonymous": 0}], "them": [{"seconds": 0.4, "anonymous": 0}]},
+               "decode 1000": {"ours": [{"seconds": 0.4}], "them": [{"seconds": 0.8}]}}
+    lines = {line[:24].strip(): line[24:].split() for line in report.table(work, results, limits, "them")}
+    assert lines["… to first token"][-2:] == ["0.25", "(0.25-0.25)"]
+    assert lines["prefill 100"][:6] == ["500.0", "tok/s", "1000.0", "tok/s", "50%", "250.0"]
+    assert lines["decode 1000"][:6] == ["2.5", "tok/s", "5.0", "tok/s", "50%", "1.2"] and lines["decode 1000"][-2] == "2.00"
+    two = {"decode 1000": {"ours": [{"seconds": 0.2}]}, "decode 2000": {"ours": [{"seconds": 0.5}]}}
+    plot = report.growth(work, two, limits)
+    assert "300.0 ms" in plot[2] and "3.00 GB" in plot[2] and plot[2].count("█") > plot[1].count("█")
+
+
+def test_a_neighbour_is_noticed():
+    assert not machine.Neighbours().cores() < 0
+    if sys.platform == "linux":
+        total, own = machine.used()
+        assert total > own >= 0
+
+
+@pytest.mark.parametrize("arguments, wrong", [
+    (["--shape", "nothing"], "known are qwen3-0.6b"), (["--layers", "2"], "--layers cuts a --shape"),
+    (["--shape", "qwen3-0.6b", "--layers", "99"], "the shape has 28"), (["-m", "nothing"], "no such file"),
+    (["-m", "Qwen3-Tiny", "--speculative"], "is for deepseek_v3")])
+def test_mistakes_are_one_sentence(monkeypatch, capsys, arguments, wrong):
+    monkeypatch.setattr(machine, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(machine, "matrix_rate", lambda device, dtype: 1e9)
+    assert benchmark.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert wrong in error and "Traceback" not in error and error.startswith("benchmark: ")
+
+
+@pytest.mark.slow
+def test_it_runs(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(machine, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(machine, "matrix_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr(machine, "BUSY", 1e9)
+    out = tmp_path / "out.json"
+    assert benchmark.main(["-m", "DeepSeek-V3-Tiny", "--rounds", "1", "--prefill", "9", "--decode", "5", "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "prefill 9" in printed and "decode 5" in printed
+    assert json.loads(out.read_text())["results"]["decode 5"]["ours"][0]["seconds"] > 0
+    assert benchmark.main(["-m", "DeepSeek-V3-Tiny", "--rounds", "1", "--speculative"]) == 0
+    assert "tokens for a step of the main model" in capsys.readouterr().out
