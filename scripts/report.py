@@ -64,11 +64,11 @@ def rates(results: dict, label: str, name: str) -> list[float]:
 
 
 def table(work: Work, results: dict, limits: dict, peer: str | None) -> list[str]:
-    lines = [f"{'':24}{'ours':>12}{'limit':>12}{'reached':>9}" + (f"{peer:>15}   ratio (least-most)" if peer else "")]
+    lines = [f"{'':24}{'ours':>15}{'limit':>15}{'reached':>9}" + (f"{peer:>15}   ratio (least-most)" if peer else "")]
 
     def line(what: str, ours: list[float], theirs: list[float] | None, form: str, limit: float | None = None) -> None:
-        text = f"{what:24}{form.format(median(ours)):>12}"
-        text += f"{form.format(limit):>12}{median(ours) / limit:>9.0%}" if limit else f"{'':21}"
+        text = f"{what:24}{form.format(median(ours)):>15}"
+        text += f"{form.format(limit):>15}{median(ours) / limit:>9.0%}" if limit else f"{'':24}"
         if theirs and all(theirs):
             text += f"{form.format(median(theirs)):>15}   " + "{:.2f} ({:.2f}-{:.2f})".format(*ratios(ours, theirs))
         lines.append(text)
