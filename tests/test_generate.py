@@ -33,7 +33,7 @@ def made(package: str) -> torch.nn.Module:
     """A small model with weights larger than at the start of training, so that tokens depend on the context."""
     kind = PACKAGES[package][0]
     config = getattr(module_of(package, "config"), f"{kind}Config")(**EACH[package])
-    torch.manual_seed({"qwen3": 1}.get(package, 5))
+    torch.manual_seed(4)
     model = getattr(module_of(package, "model"), kind)(config).eval()
     for weight in model.parameters():
         weight.data *= {1: 1, 2: 14}[weight.ndim]
