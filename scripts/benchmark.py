@@ -153,6 +153,8 @@ def find(arguments: argparse.Namespace) -> tuple[str, Path]:
 
 
 def measure(arguments: argparse.Namespace) -> None:
+    if arguments.rounds < 1:
+        raise ValueError(f"--rounds {arguments.rounds}: at least one is needed")
     name, folder = find(arguments)
     work = Work.of(folder)
     if arguments.speculative and work.package != "deepseek_v3":

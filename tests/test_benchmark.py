@@ -107,7 +107,7 @@ def test_a_neighbour_is_noticed():
 @pytest.mark.parametrize("arguments, wrong", [
     (["--shape", "nothing"], "known are qwen3-0.6b"), (["--layers", "2"], "--layers cuts a --shape"),
     (["--shape", "qwen3-0.6b", "--layers", "99"], "the shape has 28"), (["-m", "nothing"], "no such file"),
-    (["-m", "Qwen3-Tiny", "--speculative"], "is for deepseek_v3")])
+    (["--rounds", "0"], "at least one"), (["-m", "Qwen3-Tiny", "--speculative"], "is for deepseek_v3")])
 def test_mistakes_are_one_sentence(monkeypatch, capsys, arguments, wrong):
     monkeypatch.setattr(machine, "read_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(machine, "matrix_rate", lambda device, dtype: 1e9)
