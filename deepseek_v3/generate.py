@@ -75,7 +75,7 @@ def generate(model: DeepseekV3, prompt_ids: list[int], *, max_new_tokens: int, t
     A `cache` that already holds the first tokens of the prompt saves computing them again; afterwards it
     holds all tokens but the last. `progress(done, total)` is called during prefill. `speculative` gives the same
     tokens in fewer steps, counts in `acceptance`, and may leave the last token and a stop id in the cache.
-    `compiled` gives the same tokens by compiled.py, after some seconds of compiling, and not together with `speculative`.
+    `compiled` gives the same tokens (to rounding) by compiled.py, after some seconds of compiling, and not together with `speculative`.
     Raises ValueError at once, before anything is computed, for a request that cannot be met.
     """
     check_request(model.config, [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed)

@@ -60,8 +60,8 @@ def generate(model: Qwen3, prompt_ids: list[int], *, max_new_tokens: int, temper
     """Yield new ids one by one; a stop id ends the sequence and is not yielded.
 
     A `cache` that already holds the first tokens of the prompt saves computing them again; afterwards it
-    holds all tokens but the last. `progress(done, total)` is called during prefill. `compiled` gives the same tokens by
-    compiled.py, after some seconds of compiling.
+    holds all tokens but the last. `progress(done, total)` is called during prefill. `compiled` gives the same tokens,
+    to rounding, by compiled.py, after some seconds of compiling.
     Raises ValueError at once, before anything is computed, for a request that cannot be met.
     """
     check_request(model.config, [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed)
