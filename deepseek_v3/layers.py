@@ -62,20 +62,38 @@ class Linear(nn.Module):
         return self.weight if self.weight_scale_inv is None else dequantize(self.weight, self.weight_scale_inv, dtype)
 
 
+# Without AVX-512, as on most laptops, PyTorch multiplies matrices of 16-bit numbers at a sixth of its speed in float32.
+SLOW_IN_16_BITS = torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def product(x: Tensor, W: Tensor) -> Tensor:
     """x W^T: (…, T, in) and (…, out, in) -> (…, T, out)."""
-    if x.device.type != "cpu" or x.shape[:-1].numel() > W.shape[:-2].numel():
-        return x @ W.mT
+    rows = x.shape[:-1].numel() // W.shape[:-2].numel()  # for each matrix
+    if x.device.type == "cpu" and rows == 1:
+        return product_of_one_row(x, W)
+    if x.device.type == "cpu" and rows >= 16 and x.itemsize == 2 and SLOW_IN_16_BITS:
+        return product_in_float32(x, W)
+    return x @ W.mT
+
+
+def product_of_one_row(x: Tensor, W: Tensor) -> Tensor:
+    """The same as fast as W comes from memory: nothing else counts for one row."""
     if torch.compiler.is_compiling():  # becomes one loop over W, as fast as what follows
         return (x[..., None, :].float() * W.unsqueeze(-3).float()).sum(-1).to(x.dtype)
-    # One row for a matrix is as fast as the matrix comes from memory. oneDNN, which PyTorch asks for products in
-    # bfloat16, is made for many rows and reaches two thirds of that; PyTorch's own kernel reaches nearly all.
+    # oneDNN, which PyTorch asks for products in bfloat16, is made for many rows and reaches two thirds of that speed;
+    # PyTorch's own kernel reaches nearly all.
     onednn = torch.backends.mkldnn
     before, onednn.enabled = onednn.enabled, False
     try:
         return x @ W.mT
     finally:
         onednn.enabled = before
+
+
+def product_in_float32(x: Tensor, W: Tensor) -> Tensor:
+    """The same by float32 numbers, rounded once: sums were float32 before. In pieces, else the float32 W would fill memory."""
+    x32 = x.float()
+    return torch.cat([(x32 @ piece.float().mT).to(x.dtype) for piece in W.split(512, dim=-2)], dim=-1)
 
 
 def dequantize(weight: Tensor, weight_scale_inv: Tensor, dtype: torch.dtype, block: int = 128) -> Tensor:

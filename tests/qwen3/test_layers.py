@@ -1,10 +1,12 @@
 """The building blocks against their definitions, written out slowly."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
+from qwen3 import layers
 from qwen3.config import Qwen3Config, Yarn
 from qwen3.layers import KVCache, RMSNorm, RotaryEmbedding, dequantize, inverse_frequencies, product, rotate
 from qwen3.model import Qwen3
@@ -135,6 +137,31 @@ def test_a_product_of_one_row_is_the_product(dtype, tolerance, rows):
     expected = (x.double() @ W.double().T)
     assert product(x, W).shape == expected.shape and product(x, W).dtype == dtype
     assert (product(x, W) - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype, digits", [(torch.float32, 24), (torch.bfloat16, 8), (torch.float16, 11)])
+@pytest.mark.parametrize("slow", [True, False])
+@pytest.mark.parametrize("heads, rows", [((), (2, 20)), ((), (15,)), ((3,), (3, 16))])
+def test_a_product_of_many_rows_is_the_product(monkeypatch, dtype, digits, slow, heads, rows):
+    """Whatever this processor is; with an `out` of more than one piece, and the last piece cut short."""
+    monkeypatch.setattr(layers, "SLOW_IN_16_BITS", slow)
+    x = torch.randn(*rows, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    W = torch.randn(*heads, 1100, 300, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = x.double() @ W.double().mT
+    assert product(x, W).shape == expected.shape and product(x, W).dtype == dtype
+    # One rounding, and the sums' own: float32 ones of 300 numbers of about 1.
+    assert ((product(x, W) - expected).abs() <= expected.abs() / 2 ** digits + 1e-4).all()
+
+
+def test_products_in_float32_are_for_many_rows_of_16_bits(monkeypatch):
+    called = []
+    monkeypatch.setattr(layers, "product_in_float32", lambda x, W: called.append(x.shape) or x @ W.mT)
+    for slow in (True, False):
+        monkeypatch.setattr(layers, "SLOW_IN_16_BITS", slow)
+        for rows, dtype in itertools.product((1, 15, 16), (torch.float32, torch.bfloat16)):
+            product(torch.ones(rows, 8, dtype=dtype), torch.ones(4, 8, dtype=dtype))
+        product(torch.ones(3, 15, 8).half(), torch.ones(3, 4, 8).half())  # 15 rows for each matrix
+    assert called == [(16, 8)]
 
 
 def test_onednn_is_left_as_it_was():
