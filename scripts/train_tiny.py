@@ -196,8 +196,8 @@ def evaluate(package: str, folder: Path) -> dict[str, float]:
 
     def share(questions: list[tuple[str, str]], thinking: bool) -> float:
         right = 0
-        for first in range(0, len(questions), 64):
-            part = questions[first:first + 64]
+        for first in range(0, len(questions), 256):
+            part = questions[first:first + 256]
             prompts = [tokenizer.chat([{"role": "user", "content": question}], thinking) for question, _ in part]
             answers = generate_batch(model, prompts, max_new_tokens=120, stop_ids=stop_ids)
             texts = [tokenizer.decode(ids).rpartition(END_THINK)[2].lstrip("\n") for ids in answers]
