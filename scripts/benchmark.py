@@ -164,11 +164,12 @@ def measure(arguments: argparse.Namespace) -> None:
     device = torch.device(arguments.device)
     machine.wait_until_quiet(PATIENCE, progress)
     progress("measuring this machine's limits")
-    limits = {"bytes": machine.read_bandwidth(device), "operations": machine.matrix_rate(device, torch.bfloat16)}
+    rate, dtype = machine.matrix_rate(device)
+    limits = {"bytes": machine.read_bandwidth(device), "operations": rate}
     progress("")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{machine.processor_name()}, {torch.get_num_threads()} threads"
     print(f"{name} on {where}, PyTorch {torch.__version__}")
-    print(f"limits: reads {limits['bytes'] / 1e9:.1f} GB/s, multiplies {limits['operations'] / 1e12:.2f} TFLOP/s in bfloat16; "
+    print(f"limits: reads {limits['bytes'] / 1e9:.1f} GB/s, multiplies {rate / 1e12:.2f} TFLOP/s in {str(dtype)[6:]}; "
           f"a token reads {work.weight_bytes / 1e9:.3f} GB of the {work.file_bytes / 1e9:.2f} GB of weights and "
           f"{work.cache_bytes / 1e3:.1f} kB for each token before it\n")
     count = 48 if device.type == "cuda" else 16
@@ -209,6 +210,8 @@ def tricks(folder: Path, work: Work, arguments: argparse.Namespace, count: int) 
     every, names = {}, {"--compile": None} | {name: trick for name, trick in TRICKS.items() if work.package in trick.packages}
     if work.package != "qwen3" and arguments.device == "cpu":
         del names["--compile"]  # needs experts in stacks
+    if arguments.device != "cpu" or not import_module(f"{work.package}.layers").SLOW_IN_16_BITS:
+        del names["many rows in float32"]  # not done here
     for name, trick in names.items():
         what, context = (trick.what, trick.context) if trick else ("decode", 32)
         rivals = {"ours": {"who": "ours", "compiled": trick is None}, "without": {"who": "ours", "without": name if trick else None}}

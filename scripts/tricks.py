@@ -40,6 +40,10 @@ def with_onednn(package: str) -> None:
     replace(package, "product", lambda x, W: x @ W.mT)
 
 
+def in_16_bits(package: str) -> None:
+    replace(package, "SLOW_IN_16_BITS", False)
+
+
 def heads_apart(package: str) -> None:
     replace(package, "attend", lambda q, k, v, mask, scale: F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True))
 
@@ -77,6 +81,7 @@ def latents_as_heads(package: str) -> None:
 TRICKS = {
     "weights stay in the mapped file": Trick("start", 32, copied),
     "one row without oneDNN": Trick("decode", 32, with_onednn),
+    "many rows in float32": Trick("prefill", 512, in_16_bits),
     "queries that share a key as rows of one product": Trick("decode", 4096, heads_apart, ("qwen3", "qwen3_moe")),
     "one token's experts without sorting": Trick("decode", 32, sorted_token, EXPERTS),
     "absorbed instead of expanded latents": Trick("decode", 4096, expanded, ("deepseek_v3",)),

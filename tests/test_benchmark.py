@@ -110,7 +110,7 @@ def test_a_neighbour_is_noticed():
     (["--rounds", "0"], "at least one"), (["-m", "Qwen3-Tiny", "--speculative"], "is for deepseek_v3")])
 def test_mistakes_are_one_sentence(monkeypatch, capsys, arguments, wrong):
     monkeypatch.setattr(machine, "read_bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(machine, "matrix_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr(machine, "matrix_rate", lambda device: (1e9, torch.bfloat16))
     assert benchmark.main(arguments) == 2
     error = capsys.readouterr().err
     assert wrong in error and "Traceback" not in error and error.startswith("benchmark: ")
@@ -119,7 +119,7 @@ def test_mistakes_are_one_sentence(monkeypatch, capsys, arguments, wrong):
 @pytest.mark.slow
 def test_it_runs(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(machine, "read_bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(machine, "matrix_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr(machine, "matrix_rate", lambda device: (1e9, torch.bfloat16))
     monkeypatch.setattr(machine, "BUSY", 1e9)
     out = tmp_path / "out.json"
     assert benchmark.main(["-m", "DeepSeek-V3-Tiny", "--rounds", "1", "--prefill", "9", "--decode", "5", "--json", str(out)]) == 0
