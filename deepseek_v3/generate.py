@@ -21,8 +21,9 @@ from deepseek_v3.layers import KVCache
 from deepseek_v3.model import DeepseekV3
 from deepseek_v3.speculative import Acceptance, speculate
 
-# A prompt is fed in pieces, so that MLP activations and mask take memory for one piece, not for all of it.
-PREFILL_CHUNK = 1024
+# A prompt is fed in pieces, so that MLP activations and mask take memory for one piece, not for all of it. Smaller ones
+# would be slower: keys are seen in more pieces, experts get fewer rows each.
+PREFILL_CHUNK = 4096
 
 
 def sample(logits: Tensor, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
@@ -149,17 +150,17 @@ def generate_batch(model: DeepseekV3, prompts: list[list[int]], *, max_new_token
 
 def prefill(model: DeepseekV3, token_ids: Tensor, cache: KVCache,
             progress: Callable[[int, int], None] | None = None) -> Tensor:
-    """Put (B, T) tokens into the cache; return the logits of the last one, (B, V)."""
+    """Put (B, T) tokens into the cache; return the logits of the last one, (B, V). `progress(done, T)` counts tokens."""
     T = token_ids.shape[1]
     for start in range(0, T, PREFILL_CHUNK):
         chunk = token_ids[:, start:start + PREFILL_CHUNK]
-        if start + PREFILL_CHUNK < T:
-            model.model(chunk, cache)  # no head: nobody asks what follows in the middle of a prompt
-        else:
-            logits = model(chunk, cache, last_only=True)[:, -1]
-        if progress:
-            progress(min(start + PREFILL_CHUNK, T), T)
-    return logits
+
+        def passed(layers: int, all_: int) -> None:  # a layer counts as its share of the tokens, else a piece takes long
+            if progress:
+                progress(start + chunk.shape[1] * layers // all_, T)
+
+        x = model.model(chunk, cache, passed)  # (B, chunk, D)
+    return model.head(x[:, -1])  # of nothing else: nobody asks what follows in the middle of a prompt
 
 
 def new_cache(model: DeepseekV3, capacity: int, padding: list[int] | None = None) -> KVCache:

@@ -16,6 +16,8 @@ attribute here. Papers: DeepSeek-V3 (arXiv:2412.19437; section 2.2, eq. 21-23 fo
 not after it is Xiong et al. 2020 (arXiv:2002.04745).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -68,10 +70,14 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
 
-    def forward(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T) -> the final, normed hidden states (B, T, D). With a cache the tokens follow those in it."""
+    def forward(self, token_ids: Tensor, cache: KVCache | None = None,
+                progress: Callable[[int, int], None] | None = None) -> Tensor:
+        """(B, T) -> the final, normed hidden states (B, T, D). With a cache the tokens follow those in it.
+
+        `progress(done, all)` counts layers.
+        """
         layers = [layer for layer in self.layers if not isinstance(layer, MTPLayer)]
-        return self.norm(self.run(layers, self.embed_tokens(token_ids), cache))
+        return self.norm(self.run(layers, self.embed_tokens(token_ids), cache, progress))
 
     def predict_second(self, token_ids: Tensor, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
         """What `mtp` gives to the head: tokens t+1 (B, T) and final states t (B, T, D) -> states for t+2 (B, T, D)."""
@@ -79,7 +85,8 @@ class Decoder(nn.Module):
         x = self.run([layer], layer.join(self.embed_tokens(token_ids), hidden), cache)
         return layer.shared_head["norm"](x)
 
-    def run(self, layers: list[DecoderLayer], x: Tensor, cache: KVCache | None) -> Tensor:
+    def run(self, layers: list[DecoderLayer], x: Tensor, cache: KVCache | None,
+            progress: Callable[[int, int], None] | None = None) -> Tensor:
         """(B, T, D) through layers, (B, T, D); positions and mask follow from what the cache holds."""
         T, device = x.shape[1], x.device
         first, padding = (cache.length, cache.padding) if cache is not None else (0, None)
@@ -88,8 +95,10 @@ class Decoder(nn.Module):
             positions = (positions - padding).clamp(min=0)  # (B, T)
         cos, sin = self.rotary_emb(positions, first + T, x.dtype)
         mask = attention_mask(first, T, padding, device)
-        for layer in layers:
+        for done, layer in enumerate(layers, start=1):
             x = layer(x, cos, sin, mask, cache)
+            if progress:
+                progress(done, len(layers))
         if cache is not None:
             cache.length += T
         return x

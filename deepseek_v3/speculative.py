@@ -85,9 +85,12 @@ def read(model: DeepseekV3, ids: list[int], cache: KVCache, chunk: int, progress
     states = []
     for first in range(0, len(ids), chunk):
         part = torch.tensor([ids[first:first + chunk]], device=cache.device)
-        states.append(model.model(part, cache))
-        if progress:
-            progress(min(first + chunk, len(ids)), len(ids))
+
+        def passed(layers: int, all_: int) -> None:
+            if progress:
+                progress(first + part.shape[1] * layers // all_, len(ids))
+
+        states.append(model.model(part, cache, passed))
     return torch.cat(states, 1)
 
 

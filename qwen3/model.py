@@ -10,6 +10,8 @@ attribute here. Paper: Qwen3 (arXiv:2505.09388, section 2); the norm before each
 Xiong et al. 2020 (arXiv:2002.04745).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -43,8 +45,12 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
 
-    def forward(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T) -> the final, normed hidden states (B, T, D). With a cache the tokens follow those in it."""
+    def forward(self, token_ids: Tensor, cache: KVCache | None = None,
+                progress: Callable[[int, int], None] | None = None) -> Tensor:
+        """(B, T) -> the final, normed hidden states (B, T, D). With a cache the tokens follow those in it.
+
+        `progress(done, all)` counts layers.
+        """
         T, device = token_ids.shape[1], token_ids.device
         first, padding = (cache.length, cache.padding) if cache is not None else (0, None)
         positions = torch.arange(first, first + T, device=device)[None]  # (1, T)
@@ -53,8 +59,10 @@ class Decoder(nn.Module):
         x = self.embed_tokens(token_ids)  # (B, T, D)
         cos, sin = self.rotary_emb(positions, first + T, x.dtype)
         mask = attention_mask(first, T, padding, device)
-        for layer in self.layers:
+        for done, layer in enumerate(self.layers, start=1):
             x = layer(x, cos, sin, mask, cache)
+            if progress:
+                progress(done, len(self.layers))
         if cache is not None:
             cache.length += T
         return self.norm(x)

@@ -53,11 +53,7 @@ def written_out(package: str) -> None:
 
 
 def head_for_all(package: str) -> None:
-    from scripts.shapes import KINDS
-
-    kind = getattr(import_module(f"{package}.model"), KINDS[package])
-    forward = kind.forward
-    kind.forward = lambda self, token_ids, cache=None, last_only=False: forward(self, token_ids, cache)
+    replace(package, "prefill", lambda model, token_ids, cache, progress=None: model(token_ids, cache)[:, -1])
 
 
 def every_expert(package: str) -> None:
