@@ -60,7 +60,7 @@ class Linear(nn.Module):
         return self.weight if self.weight_scale_inv is None else dequantize(self.weight, self.weight_scale_inv, dtype)
 
 
-# Without AVX-512, as on most laptops, PyTorch multiplies matrices of 16-bit numbers at a sixth of its speed in float32.
+# Without AVX-512, as on many laptops, PyTorch multiplies matrices of 16-bit numbers at a sixth of its speed in float32.
 SLOW_IN_16_BITS = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
