@@ -91,7 +91,8 @@ def product_of_one_row(x: Tensor, W: Tensor) -> Tensor:
 
 
 def product_in_float32(x: Tensor, W: Tensor) -> Tensor:
-    """The same by float32 numbers, rounded once: sums were float32 before. In pieces, else the float32 W would fill memory."""
+    """The same in float32, rounded once. From 16 rows on: to fewer the conversion of W costs more than it saves."""
+    # Piece by piece, since the whole W in float32 (a head's has 150,000 rows) would take twice its own memory.
     x32 = x.float()
     return torch.cat([(x32 @ piece.float().mT).to(x.dtype) for piece in W.split(512, dim=-2)], dim=-1)
 
