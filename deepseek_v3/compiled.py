@@ -61,7 +61,9 @@ class CompiledStep:
         model.model.rotary_emb(self.position[None], cache.capacity, torch.float32)  # lets its tables grow now
         self.tables = model.model.rotary_emb.cos, model.model.rotary_emb.sin
         # Numbers are rounded where the plain step rounds them, or other tokens might come.
-        self.run_layer = torch.compile(run_layer, dynamic=True, options={"emulate_precision_casts": True})
+        # A GPU's loops reach the speed of its memory only if a few sizes of their blocks are tried first (the descent).
+        options = {"emulate_precision_casts": True, "coordinate_descent_tuning": True}
+        self.run_layer = torch.compile(run_layer, dynamic=True, options=options)
         self.slots: dict[int, list[Slots]] = {}  # by their end, for each layer
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by the same
 

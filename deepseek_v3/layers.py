@@ -69,7 +69,7 @@ SLOW_IN_16_BITS = torch.backends.cpu.get_cpu_capability() == "AVX2"
 def product(x: Tensor, W: Tensor) -> Tensor:
     """x W^T: (…, T, in) and (…, out, in) -> (…, T, out)."""
     rows = x.shape[:-1].numel() // W.shape[:-2].numel()  # for each matrix
-    if x.device.type == "cpu" and rows == 1:
+    if rows == 1 and (x.device.type == "cpu" or torch.compiler.is_compiling()):
         return product_of_one_row(x, W)
     if x.device.type == "cpu" and rows >= 16 and x.itemsize == 2 and SLOW_IN_16_BITS:
         return product_in_float32(x, W)
@@ -78,7 +78,7 @@ def product(x: Tensor, W: Tensor) -> Tensor:
 
 def product_of_one_row(x: Tensor, W: Tensor) -> Tensor:
     """The same as fast as W comes from memory: nothing else counts for one row."""
-    if torch.compiler.is_compiling():  # becomes one loop over W, as fast as what follows
+    if torch.compiler.is_compiling():  # becomes one loop, which also makes W from FP8 or finds it among experts, not one copied
         return (x[..., None, :].float() * W.unsqueeze(-3).float()).sum(-1).to(x.dtype)
     # oneDNN, which PyTorch asks for products in bfloat16, is made for many rows and reaches two thirds of that speed;
     # PyTorch's own kernel reaches nearly all.
@@ -98,14 +98,14 @@ def product_in_float32(x: Tensor, W: Tensor) -> Tensor:
 
 
 def dequantize(weight: Tensor, weight_scale_inv: Tensor, dtype: torch.dtype, block: int = 128) -> Tensor:
-    """FP8 (O, I) and scales (ceil(O/block), ceil(I/block)) -> weights (O, I).
+    """FP8 (…, O, I) and scales (…, ceil(O/block), ceil(I/block)) -> weights (…, O, I).
 
     Multiplied, whatever the name says: the file stores the inverse of the scale that was divided by
     (DeepSeek-V3, arXiv:2412.19437, section 3.3). In float32, then rounded once.
     """
-    rows, columns = weight.shape
-    scale = weight_scale_inv.float().repeat_interleave(block, 0)[:rows]  # the last block may be cut short
-    scale = scale.repeat_interleave(block, 1)[:, :columns]  # (O, I)
+    rows, columns = weight.shape[-2:]
+    scale = weight_scale_inv.float().repeat_interleave(block, -2)[..., :rows, :]  # the last block may be cut short
+    scale = scale.repeat_interleave(block, -1)[..., :columns]  # (…, O, I)
     return (weight.float() * scale).to(dtype)
 
 

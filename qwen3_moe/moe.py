@@ -20,10 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3_moe.config import Qwen3MoeConfig
-from qwen3_moe.layers import MLP, Linear, new_weight, product
+from qwen3_moe.layers import MLP, Linear, dequantize, new_weight, product, product_of_one_row
 
 # grouped_mm(rows, matrices, offs): the first offs[0] rows times matrix 0, those up to offs[1] times matrix 1, …
 grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # torch 2.9 has it under the second name only
+
+
+def grouped_mm_is_one_kernel(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
+    """On Hopper and Blackwell GPUs in bfloat16, if rows begin at multiples of 16 bytes. Elsewhere it is PyTorch's own loop,
+    which waits more often than ours."""
+    if device.type != "cuda" or dtype != torch.bfloat16 or any(width % 8 for width in widths):
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 class Router(nn.Module):
@@ -51,22 +59,33 @@ class Experts(nn.ModuleList):
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
         super().__init__(MLP(hidden_size, intermediate_size) for _ in range(num_experts))
-        self.gate_up = self.down = None  # all experts in two tensors, see `stack`
+        # All experts in two tensors, and two more for the scales of FP8; see `stack`.
+        self.gate_up = self.down = self.gate_up_scale = self.down_scale = None
 
     def stack(self, device: torch.device, dtype: torch.dtype) -> None:
         """Put all experts into gate_up (E, 2F, D) and down (E, D, F); each one's weights become views of them.
 
-        A GPU then computes a layer in two calls, where hundreds of small ones would leave it waiting for Python.
+        A GPU then computes a layer in two calls, where hundreds of small ones would leave it waiting for Python. For
+        FP8, D and F must be multiples of 128, so that the blocks of up begin where those of gate end.
         """
         F_, D = self[0].gate_proj.weight.shape
-        self.gate_up = torch.empty(len(self), 2 * F_, D, dtype=dtype, device=device)
-        self.down = torch.empty(len(self), D, F_, dtype=dtype, device=device)
-        for expert, gate_up, down in zip(self, self.gate_up, self.down):
-            expert.gate_proj.weight, expert.up_proj.weight = nn.Parameter(gate_up[:F_]), nn.Parameter(gate_up[F_:])
-            expert.down_proj.weight = nn.Parameter(down)
+        self.gate_up, self.down = self.share("weight", F_, D, device, dtype)
+        if dtype == torch.float8_e4m3fn:
+            self.gate_up_scale, self.down_scale = self.share("weight_scale_inv", F_ // 128, D // 128, device, torch.float32)
+
+    def share(self, leaf: str, F_: int, D: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Both tensors for one of the experts' parameters."""
+        gate_up = torch.empty(len(self), 2 * F_, D, dtype=dtype, device=device)
+        down = torch.empty(len(self), D, F_, dtype=dtype, device=device)
+        trained = leaf == "weight" and dtype != torch.float8_e4m3fn
+        for expert, rows, more in zip(self, gate_up, down):
+            for linear, view in (expert.gate_proj, rows[:F_]), (expert.up_proj, rows[F_:]), (expert.down_proj, more):
+                setattr(linear, leaf, nn.Parameter(view, requires_grad=trained))
+        return gate_up, down
 
     def _apply(self, *arguments, **more) -> "Experts":  # what .to() and its like come down to
-        self.gate_up = self.down = None  # they would keep the old numbers, and the old device's memory
+        # The stacks would keep the old numbers, and the old device's memory.
+        self.gate_up = self.down = self.gate_up_scale = self.down_scale = None
         return super()._apply(*arguments, **more)
 
     def is_stacked(self) -> bool:
@@ -78,7 +97,12 @@ class Experts(nn.ModuleList):
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         # The stacks are no parameters: gradients must go through the experts.
         stacked = not torch.is_grad_enabled() and self.is_stacked()
-        mix = mix_stacked if stacked else mix_one_token if len(x) == 1 else mix_grouped
+        if stacked and torch.compiler.is_compiling():
+            mix = mix_compiled
+        elif stacked and grouped_mm_is_one_kernel(x.device, self.down.dtype, *self.down.shape[1:]):
+            mix = mix_stacked
+        else:
+            mix = mix_one_token if len(x) == 1 else mix_grouped
         return mix(self, x, weights, chosen)
 
 
@@ -118,6 +142,17 @@ def mix_stacked(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) ->
     gate, up = grouped_mm(x[order // chosen.shape[1]], experts.gate_up.mT, offs=ends).chunk(2, dim=-1)  # (n*A, F)
     rows = grouped_mm(F.silu(gate) * up, experts.down.mT, offs=ends)  # (n*A, D)
     return weigh(rows[order.argsort()], weights)
+
+
+def mix_compiled(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    """The same for x (1, D), to be compiled: a loop then reads the chosen matrices where they lie. As it stands it copies them."""
+    gate_up, down = experts.gate_up[chosen[0]], experts.down[chosen[0]]  # (A, 2F, D), (A, D, F)
+    if experts.gate_up_scale is not None:
+        gate_up = dequantize(gate_up, experts.gate_up_scale[chosen[0]], x.dtype)
+        down = dequantize(down, experts.down_scale[chosen[0]], x.dtype)
+    gate, up = product_of_one_row(x, gate_up).chunk(2, dim=-1)  # (A, 1, F)
+    rows = product_of_one_row(F.silu(gate) * up, down)  # (A, 1, D)
+    return weigh(rows.flatten(0, 1), weights)
 
 
 def group_ends(sorted_: Tensor, E: int) -> Tensor:

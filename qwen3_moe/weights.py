@@ -41,17 +41,17 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
     with torch.device("meta"):
         model = Qwen3Moe(config)
     names = check_names_and_shapes(model, files)
-    if (config.weight_block_size is None or dtype is not None) and stacks_experts(config, torch.device(device), compute):
-        for module in model.modules():
-            if isinstance(module, Experts):
-                module.stack(device, compute)
+    stacked = type_of_stacks(config, files, torch.device(device), dtype, compute)
+    for module in model.modules():
+        if stacked is not None and isinstance(module, Experts):
+            module.stack(device, stacked)
 
     for done, name in enumerate(names, start=1):
         tensor = files.read(name).to(device)
         module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         if tensor.dtype == FP8 or leaf == "weight_scale_inv":
             if dtype is None:
-                setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+                put(module, leaf, tensor)
             elif leaf == "weight":
                 scale = files.read(f"{name}_scale_inv").to(device)
                 put(module, leaf, dequantize(tensor, scale, compute))
@@ -62,22 +62,26 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
     return model.eval()
 
 
-def stacks_experts(config: Qwen3MoeConfig, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the experts of a layer go into two tensors, for the grouped matrix product.
+def type_of_stacks(config: Qwen3MoeConfig, files: CheckpointFiles, device: torch.device, dtype: torch.dtype | str | None,
+                   compute: torch.dtype) -> torch.dtype | None:
+    """The type of the tensors that hold all experts of a layer (Experts.stack); None where these stay by themselves.
 
-    It is one kernel on Hopper and Blackwell GPUs in bfloat16, and PyTorch's own loop elsewhere, which waits more often
-    than ours. Its rows must begin at multiples of 16 bytes.
+    On the CPU they stay in the file. On a GPU FP8 experts that remain FP8 do where their widths are not whole blocks.
     """
-    if device.type != "cuda" or dtype != torch.bfloat16 or config.hidden_size % 8 or config.moe_intermediate_size % 8:
-        return False
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+    if device.type != "cuda":
+        return None
+    stored = {tensor.dtype for name, tensor in files.tensors.items() if ".experts." in name and name.endswith(".weight")}
+    if dtype is not None or FP8 not in stored:
+        return compute
+    return FP8 if stored == {FP8} and config.hidden_size % 128 == config.moe_intermediate_size % 128 == 0 else None
 
 
 def put(module: nn.Module, leaf: str, tensor: Tensor) -> None:
     """Make a tensor the parameter; or, where that has a place in a stack of experts, copy it there."""
     place = getattr(module, leaf)
-    if place.is_meta:
-        setattr(module, leaf, nn.Parameter(tensor, requires_grad=place.requires_grad))
+    if place is None or place.is_meta:
+        trained = place is not None and place.requires_grad and tensor.dtype != FP8
+        setattr(module, leaf, nn.Parameter(tensor, requires_grad=trained))
     else:
         place.data.copy_(tensor)
 

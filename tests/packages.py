@@ -3,6 +3,8 @@
 import importlib
 from types import ModuleType
 
+import torch
+
 # package -> the class of its model, its embedded checkpoint
 PACKAGES = {"qwen3": ("Qwen3", "Qwen3-Tiny"), "qwen3_moe": ("Qwen3Moe", "Qwen3-MoE-Tiny"),
             "deepseek_v3": ("DeepseekV3", "DeepSeek-V3-Tiny")}
@@ -10,3 +12,11 @@ PACKAGES = {"qwen3": ("Qwen3", "Qwen3-Tiny"), "qwen3_moe": ("Qwen3Moe", "Qwen3-M
 
 def module(package: str, name: str) -> ModuleType:
     return importlib.import_module(f"{package}.{name}")
+
+
+def stack_on_the_cpu(monkeypatch, package: str, one_kernel: bool = False) -> None:
+    """Let load_model put experts into stacks as it does on a GPU, and forward take them for what is one kernel there."""
+    weights = module(package, "weights")
+    real = weights.type_of_stacks
+    monkeypatch.setattr(weights, "type_of_stacks", lambda config, files, device, *more: real(config, files, torch.device("cuda"), *more))
+    monkeypatch.setattr(module(package, "moe"), "grouped_mm_is_one_kernel", lambda *_: one_kernel)

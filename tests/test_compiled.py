@@ -1,36 +1,37 @@
 """The compiled decode step: the tokens of the plain one, on a CPU, where it is compiled and not recorded."""
 
 import itertools
+import math
+import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.packages import PACKAGES, module
+from tests.packages import PACKAGES, module, stack_on_the_cpu
 from tests.seeded import LONG_PROMPT, write_case
 
 CASE = {"qwen3": "grouped", "qwen3_moe": "two_of_eight", "deepseek_v3": "moonlight"}
 
 
-def load(tmp_path, package: str) -> torch.nn.Module:
-    """In float32, where rounding decides nothing; experts stacked, as they are on a GPU."""
-    model = module(package, "weights").load_model(write_case(tmp_path, package, CASE[package]), dtype="float32")
+def load(folder: Path, monkeypatch, package: str, weights: str = "float32") -> torch.nn.Module:
+    """All but FP8 weights in float32, where rounding decides nothing; experts stacked, as they are on a GPU."""
     if package != "qwen3":
-        for experts in model.modules():
-            if isinstance(experts, module(package, "moe").Experts):
-                weights = [weight.data for weight in experts.parameters()]
-                experts.stack(torch.device("cpu"), torch.float32)
-                for place, weight in zip(experts.parameters(), weights):
-                    place.data.copy_(weight)
-    return model
+        stack_on_the_cpu(monkeypatch, package)
+    if weights == "float32":
+        return module(package, "weights").load_model(write_case(folder, package, CASE[package]), dtype="float32")
+    fp8_checkpoint = import_module(f"tests.{package}.test_weights").fp8_checkpoint
+    return module(package, "weights").load_model(fp8_checkpoint(folder, 256, 256, "float32"))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("weights", ["float32", "fp8"])
 @pytest.mark.parametrize("package", PACKAGES)
-def test_compiled_steps_give_the_tokens_of_plain_ones(tmp_path, monkeypatch, package):
-    model, generate = load(tmp_path, package), module(package, "generate")
+def test_compiled_steps_give_the_tokens_of_plain_ones(tmp_path, monkeypatch, package, weights):
+    model, generate = load(tmp_path, monkeypatch, package, weights), module(package, "generate")
     monkeypatch.setattr(module(package, "compiled"), "BLOCK", 10)
     torch._dynamo.utils.counters.clear()
     for sampling in ({}, {"temperature": 1.0, "top_k": 20, "seed": 3}):
@@ -49,7 +50,7 @@ def test_compiled_steps_give_the_tokens_of_plain_ones(tmp_path, monkeypatch, pac
 @pytest.mark.parametrize("package", PACKAGES)
 def test_one_step_without_the_compiler_is_a_plain_step(tmp_path, monkeypatch, package):
     """The same code, run as it stands: what `slots`, mask and position do, at each place in a block."""
-    model, generate, compiled = load(tmp_path, package), module(package, "generate"), module(package, "compiled")
+    model, generate, compiled = load(tmp_path, monkeypatch, package), module(package, "generate"), module(package, "compiled")
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(compiled, "BLOCK", 8)
     plain = list(generate.generate(model, LONG_PROMPT[:5], max_new_tokens=30))
@@ -68,7 +69,7 @@ def test_what_cannot_be_compiled_is_one_sentence(tmp_path, monkeypatch, package)
     def fails(*_):
         raise RuntimeError("no C++ compiler\nfound")
 
-    model, generate = load(tmp_path, package), module(package, "generate")
+    model, generate = load(tmp_path, monkeypatch, package), module(package, "generate")
     monkeypatch.setattr(torch, "compile", lambda function, **_: fails)
     with pytest.raises(ValueError, match=r"^torch.compile failed \(no C\+\+ compiler\); leave out --compile$"):
         list(generate.generate(model, [1, 2], max_new_tokens=3, compiled=True))
@@ -97,6 +98,39 @@ def test_a_compiler_fuses_the_product_of_one_row(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
             assert layers.product(x, W).shape == expected.shape and torch.allclose(layers.product(x, W), expected, atol=1e-5)
+            patch.setattr(layers, "product_of_one_row", lambda x, W: "one loop")
+            assert layers.product(x.to("meta"), W.to("meta")) == "one loop"  # as on a GPU
+        assert layers.product(x.to("meta"), W.to("meta")).shape == expected.shape
+
+
+def largest_buffer(function, *arguments) -> int:
+    """How many numbers the largest tensor has that the compiled function makes."""
+    from torch._inductor.utils import run_and_get_code
+
+    with torch.inference_mode():
+        _, codes = run_and_get_code(torch.compile(function, options={"emulate_precision_casts": True}), *arguments)
+    shapes = re.findall(r"= empty_strided_cpu\(\(([\d, ]+)\)", "\n".join(codes))
+    assert shapes and "extern_kernels." not in "".join(codes)  # all that is made is seen here
+    return max(math.prod(map(int, shape.strip(", ").split(", "))) for shape in shapes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_compiler_reads_fp8_weights_where_they_lie(package):
+    """And makes no matrix of 16-bit numbers first, which would be written and read once more, twice as large."""
+    linear = module(package, "layers").Linear(256, 128)
+    linear.weight = torch.nn.Parameter(torch.randn(128, 256).to(torch.float8_e4m3fn), requires_grad=False)
+    linear.weight_scale_inv = torch.nn.Parameter(torch.rand(1, 2))
+    assert largest_buffer(linear, torch.randn(1, 1, 256).bfloat16()) <= 256
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["qwen3_moe", "deepseek_v3"])
+def test_a_compiler_reads_chosen_experts_where_they_lie(package):
+    experts = module(package, "moe").Experts(8, 64, 32)
+    experts.stack(torch.device("cpu"), torch.bfloat16)
+    weights, chosen = torch.rand(1, 8).topk(3)
+    assert largest_buffer(experts, torch.randn(1, 64).bfloat16(), weights.bfloat16(), chosen) <= 3 * 64  # of 3 x 64 x 64
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -6,6 +6,7 @@ import torch
 from deepseek_v3.config import DeepseekV3Config
 from deepseek_v3.moe import DeepSeekMoE, Router, mix_grouped, mix_written_out
 from deepseek_v3.weights import bytes_in_memory, bytes_per_token, load_model
+from tests.packages import stack_on_the_cpu
 from tests.seeded import PROMPT, deepseek_v3_config, write_case, write_checkpoint
 
 CONFIG = DeepseekV3Config(
@@ -150,7 +151,7 @@ def test_stacked_experts_give_the_same_tokens(tmp_path, monkeypatch):
 
     folder = write_case(tmp_path, "deepseek_v3", "yarn")
     plain = list(generate(load_model(folder), PROMPT, max_new_tokens=8))
-    monkeypatch.setattr("deepseek_v3.weights.stacks_experts", lambda *_: True)
+    stack_on_the_cpu(monkeypatch, "deepseek_v3", one_kernel=True)
     used, forward = [], moe.mix_stacked
     monkeypatch.setattr(moe, "mix_stacked", lambda *a: used.append(1) or forward(*a))
     assert list(generate(load_model(folder), PROMPT, max_new_tokens=8)) == plain and len(used) == 16

@@ -16,15 +16,15 @@ def tensors_of(folder) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
-def fp8_checkpoint(folder):
-    """Ragged blocks both ways; router, norms, embedding, eh_proj and head as they are, as in the release."""
-    config = deepseek_v3_config(hidden_size=200, moe_intermediate_size=136, kv_lora_rank=140, q_lora_rank=150, torch_dtype="bfloat16",
+def fp8_checkpoint(folder, D=200, F=136, dtype="bfloat16"):
+    """Ragged blocks both ways, unless asked for others; router, norms, embedding, eh_proj and head as they are, as in the release."""
+    config = deepseek_v3_config(hidden_size=D, moe_intermediate_size=F, kv_lora_rank=140, q_lora_rank=150, torch_dtype=dtype,
                                 quantization_config=FP8)
     tensors = {}
     for name, shape in deepseek_v3_shapes(config).items():
         if "_proj" in name and "eh_proj" not in name:
             tensors[name], tensors[f"{name}_scale_inv"] = quantise(seeded_tensor(name, shape, 0.1))
-    return write_checkpoint(folder, config, torch.bfloat16, **tensors)
+    return write_checkpoint(folder, config, getattr(torch, dtype), **tensors)
 
 
 def test_fp8_gives_the_tokens_of_the_expanded_weights_in_both_forms_of_attention(tmp_path):

@@ -249,14 +249,14 @@ def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out, scale
 
 
-def fp8_checkpoint(folder: Path) -> Path:
-    """Ragged blocks both ways: 200 and 300 are not multiples of 128."""
-    config = qwen3_config(hidden_size=200, intermediate_size=300, torch_dtype="bfloat16", quantization_config=FP8)
+def fp8_checkpoint(folder: Path, D: int = 200, F: int = 300, dtype: str = "bfloat16") -> Path:
+    """Ragged blocks both ways, unless asked for others: 200 and 300 are not multiples of 128."""
+    config = qwen3_config(hidden_size=D, intermediate_size=F, torch_dtype=dtype, quantization_config=FP8)
     tensors = {}
     for name, shape in qwen3_shapes(config).items():
         if "_proj" in name:
             tensors[name], tensors[f"{name}_scale_inv"] = quantise(seeded_tensor(name, shape, 0.1))
-    return write_checkpoint(folder, config, torch.bfloat16, **tensors)
+    return write_checkpoint(folder, config, getattr(torch, dtype), **tensors)
 
 
 def test_fp8_stays_fp8_and_gives_the_tokens_of_the_expanded_weights(tmp_path):

@@ -11,8 +11,10 @@ import torch
 from qwen3_moe import moe
 from qwen3_moe.config import Qwen3MoeConfig
 from qwen3_moe.generate import generate
-from qwen3_moe.moe import Experts, Router, SparseMoeBlock, mix_grouped, mix_one_token, mix_stacked, mix_written_out
-from qwen3_moe.weights import bytes_in_memory, bytes_per_token, load_model, stacks_experts
+from qwen3_moe.moe import (Experts, Router, SparseMoeBlock, grouped_mm_is_one_kernel, mix_compiled, mix_grouped, mix_one_token, mix_stacked,
+                           mix_written_out)
+from qwen3_moe.weights import bytes_in_memory, bytes_per_token, load_model
+from tests.packages import stack_on_the_cpu
 from tests.seeded import PROMPT, qwen3_moe_config, qwen3_shapes, write_case, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -84,14 +86,15 @@ def stacked(experts: Experts) -> Experts:
 
 @pytest.mark.parametrize("E, A, n", [(6, 2, 1), (6, 2, 9), (6, 1, 5), (4, 4, 7), (40, 3, 2), (1, 1, 3), (8, 8, 1)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
-def test_the_three_forms_are_one_sum(E, A, n, dtype, tolerance):
+def test_all_forms_are_one_sum(E, A, n, dtype, tolerance):
     experts, x, weights, chosen = random_case(E, A, n, dtype)
     slow = mix_written_out(experts, x, weights, chosen).float()
     grouped = mix_grouped(experts, x, weights, chosen)
     assert grouped.dtype == dtype and (grouped.float() - slow).abs().max() <= tolerance * slow.abs().max()
     with torch.inference_mode():
-        fast = mix_stacked(stacked(experts), x, weights, chosen)
-    assert fast.dtype == dtype and (fast.float() - slow).abs().max() <= tolerance * slow.abs().max()
+        for mix in [mix_stacked, mix_compiled] if n == 1 else [mix_stacked]:
+            fast = mix(stacked(experts), x, weights, chosen)
+            assert fast.dtype == dtype and (fast.float() - slow).abs().max() <= tolerance * slow.abs().max()
 
 
 def test_the_definition_notices_a_wrong_dispatch():
@@ -132,6 +135,7 @@ def test_a_layer_waits_for_the_device_at_most_once(monkeypatch, form, waits):
     block = SparseMoeBlock(CONFIG)
     if form == "stacked":
         stacked(block.experts)
+        monkeypatch.setattr(moe, "grouped_mm_is_one_kernel", lambda *_: True)
     calls = []
     for name in ("tolist", "item", "nonzero", "unique", "cpu", "__bool__", "__int__", "__float__", "__index__"):
         original = getattr(torch.Tensor, name)
@@ -141,7 +145,8 @@ def test_a_layer_waits_for_the_device_at_most_once(monkeypatch, form, waits):
     assert len(calls) == waits, calls
 
 
-def test_gradients_go_through_the_experts_even_when_they_are_stacked():
+def test_gradients_go_through_the_experts_even_when_they_are_stacked(monkeypatch):
+    monkeypatch.setattr(moe, "grouped_mm_is_one_kernel", lambda *_: True)
     block = SparseMoeBlock(CONFIG)
     stacked(block.experts)
     block(torch.randn(1, 30, 16)).square().sum().backward()
@@ -149,7 +154,8 @@ def test_gradients_go_through_the_experts_even_when_they_are_stacked():
     assert block.gate.weight.grad.any()
 
 
-def test_stacks_that_are_no_longer_the_experts_own_are_not_used():
+def test_stacks_that_are_no_longer_the_experts_own_are_not_used(monkeypatch):
+    monkeypatch.setattr(moe, "grouped_mm_is_one_kernel", lambda *_: True)
     block, x = SparseMoeBlock(CONFIG), torch.randn(1, 9, 16)
     stacked(block.experts)
     twin = copy.deepcopy(block)
@@ -164,14 +170,13 @@ def test_stacks_that_are_no_longer_the_experts_own_are_not_used():
     assert block.experts.gate_up is None  # or a GPU would hold the experts twice
 
 
-@pytest.mark.parametrize("dtype, changes, capability, expected", [
-    (torch.bfloat16, {}, (9, 0), True), (torch.bfloat16, {}, (10, 0), True), (torch.bfloat16, {}, (8, 0), False),
-    (torch.float32, {}, (9, 0), False), (torch.bfloat16, {"moe_intermediate_size": 9}, (9, 0), False),
-    (torch.bfloat16, {"hidden_size": 20}, (9, 0), False)])
-def test_experts_are_stacked_where_the_grouped_product_is_one_kernel(monkeypatch, dtype, changes, capability, expected):
+@pytest.mark.parametrize("dtype, widths, capability, expected", [
+    (torch.bfloat16, (16, 8), (9, 0), True), (torch.bfloat16, (16, 8), (10, 0), True), (torch.bfloat16, (16, 8), (8, 0), False),
+    (torch.float32, (16, 8), (9, 0), False), (torch.bfloat16, (16, 9), (9, 0), False), (torch.bfloat16, (20, 8), (9, 0), False)])
+def test_where_the_grouped_product_is_one_kernel(monkeypatch, dtype, widths, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert stacks_experts(config(**changes), torch.device("cuda"), dtype) is expected
-    assert not stacks_experts(CONFIG, torch.device("cpu"), torch.bfloat16)
+    assert grouped_mm_is_one_kernel(torch.device("cuda"), dtype, *widths) is expected
+    assert not grouped_mm_is_one_kernel(torch.device("cpu"), torch.bfloat16, 16, 8)
 
 
 def test_a_token_is_routed_by_itself():
@@ -187,7 +192,7 @@ def test_stacked_experts_load_and_give_the_same_tokens(tmp_path, monkeypatch, na
     """As on a GPU, on the CPU: same names, same numbers, no byte twice."""
     folder = write_case(tmp_path, "qwen3_moe", name)
     plain = load_model(folder)
-    monkeypatch.setattr("qwen3_moe.weights.stacks_experts", lambda *_: True)
+    stack_on_the_cpu(monkeypatch, "qwen3_moe", one_kernel=True)
     model = load_model(folder)
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
     for (n, ours), theirs in zip(model.named_parameters(), plain.parameters()):
