@@ -142,8 +142,8 @@ class Conversation:
         size = check_memory(self.folder, device, dtype, tokens, tokens * per_token)
         kept = "FP8" if self.config.weight_block_size and dtype is None else str(compute).removeprefix("torch.")
         why = "" if self.arguments.device or device.type != "cpu" else " (no GPU found)"
-        note(f"{self.folder.name}: {size} of weights in {kept} on {device}{why}, "
-             f"{per_token / 1e3:.1f} kB of cache per token")
+        slow = " (slow there; --dtype bfloat16, if it fits, expands them once)" if (kept, device.type) == ("FP8", "cpu") else ""
+        note(f"{self.folder.name}: {size} of weights in {kept} on {device}{why}{slow}, {per_token / 1e3:.1f} kB of cache per token")
         self.model = load_model(self.folder, device, dtype, lambda done, total: progress("loading tensor", done, total))
 
     def answer(self, prompt_ids: list[int]) -> str:

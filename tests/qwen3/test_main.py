@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qwen3 import main as module
 from qwen3 import weights
 from qwen3.main import main
+from tests.qwen3.test_weights import FP8, quantise
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "checkpoints/Qwen3-Tiny"
@@ -66,6 +68,19 @@ def test_without_thinking_it_answers_at_once(capfd):
     assert main(["-m", str(TINY), "--no-thinking", "-p", "What is RoPE?"]) == 0
     out, err = capfd.readouterr()
     assert out == ROPE and "question" not in err
+
+
+def test_fp8_on_a_cpu_is_said_to_be_slow(capfd, tmp_path):
+    folder = variant(tmp_path / "Tiny-FP8", {"config.json": {"quantization_config": FP8}})
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        tensors[name], tensors[f"{name}_scale_inv"] = quantise(tensors[name])
+    save_file(tensors, folder / "model.safetensors")
+    for flags, expected in (["-d", "cpu"], "in FP8 on cpu (slow there; --dtype bfloat16, if it fits, expands them once),"), (
+            ["-d", "cpu", "--dtype", "bfloat16"], "in bfloat16 on cpu,"):
+        assert main(["-m", str(folder), "-p", "What is RoPE?", *flags]) == 0
+        out, err = capfd.readouterr()
+        assert out == ROPE and expected in err
 
 
 def test_bare_it_asks_a_question_of_its_own_of_the_best_model_there_is(capfd, monkeypatch, tmp_path):
