@@ -108,14 +108,14 @@ def each_head(x: Tensor, W: Tensor) -> Tensor:
 def attention_on_latents(q: Tensor, latents: Tensor, R: int, mask: Tensor | None, scale: float) -> Tensor:
     """attention_written_out(q, k, v, mask, scale) with the k latents (B, S, R + P) and the v latents[:, :, :R] of all heads.
 
-    q (B, H, T, R + P) -> (B, H, T, R). The queries of all heads are rows of one plain product for each sequence; a
-    product of batches, which the definition is for PyTorch, copies the cache or is slower by a factor, by its length.
+    q (B, H, T, R + P) -> (B, H, T, R). For one sequence the queries of all heads are rows of two plain products, which
+    for a few queries is the fastest; a batch would go sequence by sequence, and is left to the fused kernel.
     """
     B, H, T, _ = q.shape
-    out = q.new_empty(B, H * T, R)
-    for b in range(B):
-        scores = product(q[b].flatten(0, 1), latents[b]).view(H, T, -1) * scale
-        if mask is not None:
-            scores = scores.masked_fill(~(mask if mask.ndim == 2 else mask[b]), -torch.inf)
-        out[b] = product(scores.float().softmax(-1).to(q.dtype).flatten(0, 1), latents[b, :, :R].mT)
-    return out.view(B, H, T, R)
+    if B > 1:
+        return attend(q, latents[:, None], latents[:, None, :, :R], mask, scale)
+    scores = product(q[0].flatten(0, 1), latents[0]).view(H, T, -1) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~(mask if mask.ndim == 2 else mask[0]), -torch.inf)
+    weights = scores.float().softmax(-1).to(q.dtype).flatten(0, 1)  # (H T, S)
+    return product(weights, latents[0, :, :R].mT).view(1, H, T, R)

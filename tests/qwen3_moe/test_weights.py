@@ -4,9 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwen3_moe.config import Qwen3MoeConfig
+from qwen3_moe.files import CheckpointFiles
 from qwen3_moe.generate import generate
 from qwen3_moe.moe import Experts
-from qwen3_moe.weights import bytes_in_memory, load_model
+from qwen3_moe.weights import bytes_in_memory, load_model, type_of_stacks
 from tests.packages import stack_on_the_cpu
 from tests.qwen3.test_weights import FP8, quantise
 from tests.seeded import PROMPT, qwen3_moe_config, qwen3_shapes, seeded_tensor, write_case, write_checkpoint
@@ -40,6 +42,24 @@ def test_fp8_experts_give_the_tokens_of_the_expanded_ones(tmp_path, monkeypatch,
     assert tokens == list(generate(expanded, PROMPT, max_new_tokens=12)) and len(set(tokens)) > 1
     assert bytes_in_memory(folder) == sum(p.nbytes for p in kept.parameters())
     assert bytes_in_memory(folder, "bfloat16") == sum(p.nbytes for p in expanded.parameters())
+
+
+def test_where_experts_are_stacked_and_in_which_type(tmp_path):
+    cpu, gpu, bf16, fp8 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16, torch.float8_e4m3fn
+
+    def stacked(folder, device, dtype=None):
+        return type_of_stacks(Qwen3MoeConfig.from_checkpoint(folder), CheckpointFiles(folder), device, dtype, bf16)
+
+    plain, whole, ragged = write_case(tmp_path, "qwen3_moe", "two_of_eight"), *(
+        fp8_checkpoint(tmp_path / str(F), 256, F) for F in (128, 136))
+    assert {stacked(folder, cpu) for folder in (plain, whole, ragged)} == {None}
+    assert [stacked(folder, gpu) for folder in (plain, whole, ragged)] == [bf16, fp8, None]
+    assert [stacked(folder, gpu, "bfloat16") for folder in (plain, whole, ragged)] == [bf16, bf16, bf16]
+    tensors = {name: value.clone() for name, value in load_file(whole / "model.safetensors").items()}
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    del tensors[f"{name}_scale_inv"]
+    save_file(tensors | {name: tensors[name].to(bf16)}, whole / "model.safetensors")
+    assert stacked(whole, gpu) is None  # or the one that is not FP8 would be rounded to it
 
 
 @pytest.mark.parametrize("tensor, message", [
