@@ -78,7 +78,7 @@ def product(x: Tensor, W: Tensor) -> Tensor:
 
 def product_of_one_row(x: Tensor, W: Tensor) -> Tensor:
     """The same as fast as W comes from memory: nothing else counts for one row."""
-    if torch.compiler.is_compiling():  # becomes one loop, which also makes W from FP8 or finds it among experts, not one copied
+    if torch.compiler.is_compiling():  # becomes one loop; a W made from FP8, or chosen among experts, is not written to memory
         return (x[..., None, :].float() * W.unsqueeze(-3).float()).sum(-1).to(x.dtype)
     # oneDNN, which PyTorch asks for products in bfloat16, is made for many rows and reaches two thirds of that speed;
     # PyTorch's own kernel reaches nearly all.

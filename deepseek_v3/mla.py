@@ -109,7 +109,7 @@ def attention_on_latents(q: Tensor, latents: Tensor, R: int, mask: Tensor | None
     """attention_written_out(q, k, v, mask, scale) with the k latents (B, S, R + P) and the v latents[:, :, :R] of all heads.
 
     q (B, H, T, R + P) -> (B, H, T, R). For one sequence the queries of all heads are rows of two plain products, which
-    for a few queries is the fastest; a batch would go sequence by sequence, and is left to the fused kernel.
+    read the cache where it lies; a batch would go sequence by sequence, and is left to the fused kernel.
     """
     B, H, T, _ = q.shape
     if B > 1:

@@ -63,7 +63,7 @@ class CompiledStep:
         model.model.rotary_emb(self.position[None], cache.capacity, torch.float32)  # lets its tables grow now
         self.tables = model.model.rotary_emb.cos, model.model.rotary_emb.sin
         # Numbers are rounded where the plain step rounds them, or other tokens might come.
-        # A GPU's loops reach the speed of its memory only if a few sizes of their blocks are tried first (the descent).
+        # Descent: sizes of blocks are tried. PyTorch says that products of one row reach a GPU's bandwidth only so.
         options = {"emulate_precision_casts": True, "coordinate_descent_tuning": True}
         self.run_layer = torch.compile(run_layer, dynamic=True, options=options)
         self.slots: dict[int, list[Slots]] = {}  # by their end, for each layer
