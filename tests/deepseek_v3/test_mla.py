@@ -75,27 +75,27 @@ def test_each_form_is_the_papers_equations(tmp_path, absorb):
 @pytest.mark.parametrize("name", DEEPSEEK_V3_CASES)
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.1)])
 def test_absorbed_and_expanded_give_the_same(tmp_path, name, dtype, tolerance):
-    """Of one layer each, since a rounding may send a token to another expert further up."""
+    """Of one layer each, since a rounding may send a token to another expert further up; for a batch, and for one sequence."""
     model = load_model(write_case(tmp_path, "deepseek_v3", name), dtype=dtype)
     x = model.model.embed_tokens(torch.tensor([LONG_PROMPT, LONG_PROMPT[::-1]]))
     cos, sin = model.model.rotary_emb(torch.arange(100)[None], 100, x.dtype)
     mask = attention_mask(0, 100, None, x.device)
-    for layer in model.model.layers:
+    for layer, rows in itertools.product(model.model.layers, (x, x[:1])):
         out = {}
         for layer.self_attn.absorb in (False, True):
             with torch.inference_mode():
-                out[layer.self_attn.absorb] = layer.self_attn(layer.input_layernorm(x), cos, sin, mask, None).float()
+                out[layer.self_attn.absorb] = layer.self_attn(layer.input_layernorm(rows), cos, sin, mask, None).float()
         assert (out[False] - out[True]).abs().max() <= tolerance * out[False].abs().max()
 
 
 @pytest.mark.parametrize("name", ["yarn", "moonlight", "wide_values"])
 @pytest.mark.parametrize("absorb", [False, True, None])
-@pytest.mark.parametrize("padding", [None, [0, 5]])
+@pytest.mark.parametrize("padding", [None, [0, 5], [5]])
 def test_a_cache_gives_what_a_whole_forward_gives(tmp_path, name, absorb, padding):
     model = load_model(write_case(tmp_path, "deepseek_v3", name))
-    ids = torch.tensor([LONG_PROMPT[:40], [0] * 5 + LONG_PROMPT[:35]] if padding else [LONG_PROMPT[:40]])
+    ids = torch.tensor([[0] * n + LONG_PROMPT[:40 - n] for n in padding or [0]])
     with torch.inference_mode():
-        whole = model(ids[:1])[0]
+        whole = model(torch.tensor([LONG_PROMPT[:40]]))[0]
         alone = model(torch.tensor([LONG_PROMPT[:35]]))[0]
     for layer in model.model.layers:
         layer.self_attn.absorb = absorb
@@ -103,9 +103,8 @@ def test_a_cache_gives_what_a_whole_forward_gives(tmp_path, name, absorb, paddin
         cache = KVCache(model.config, 40, torch.float32, padding=padding)
         with torch.inference_mode():
             parts = torch.cat([model(ids[:, a:b], cache) for a, b in itertools.pairwise([0, *cuts, 40])], 1)
-        assert torch.allclose(parts[0], whole, atol=1e-4)
-        if padding:
-            assert torch.allclose(parts[1, 5:], alone, atol=1e-4)
+        for part, n in zip(parts, padding or [0]):
+            assert torch.allclose(part[n:], alone if n else whole, atol=1e-4)
 
 
 def test_the_cache_holds_one_latent_and_one_rotated_key(tmp_path):

@@ -97,6 +97,22 @@ def test_all_forms_are_one_sum(E, A, n, dtype, tolerance):
             assert fast.dtype == dtype and (fast.float() - slow).abs().max() <= tolerance * slow.abs().max()
 
 
+def test_chosen_fp8_experts_meet_their_own_scales():
+    """Which differ by a factor of up to 20 here; those of a small checkpoint hardly do."""
+    generator = torch.Generator().manual_seed(0)
+    experts = Experts(6, 256, 128)
+    experts.stack(torch.device("cpu"), torch.float8_e4m3fn)
+    for stack in (experts.gate_up, experts.down):
+        stack.copy_(torch.randn(stack.shape, generator=generator))
+    for scale in (experts.gate_up_scale, experts.down_scale):
+        scale.copy_(torch.rand(scale.shape, generator=generator) / 20 + 0.0025)
+    x, (weights, chosen) = torch.randn(1, 256, generator=generator), torch.rand(1, 6, generator=generator).topk(3)
+    with torch.inference_mode():
+        slow = mix_written_out(experts, x, weights, chosen)
+        assert torch.allclose(mix_compiled(experts, x, weights, chosen), slow, atol=1e-5 * float(slow.abs().max()))
+        assert torch.allclose(experts(x, weights, chosen), slow, atol=1e-5 * float(slow.abs().max()))
+
+
 def test_the_definition_notices_a_wrong_dispatch():
     experts, x, weights, chosen = random_case(6, 2, 9, torch.float32)
     right = mix_written_out(experts, x, weights, chosen)
@@ -200,9 +216,11 @@ def test_stacked_experts_load_and_give_the_same_tokens(tmp_path, monkeypatch, na
     sparse = [module for module in model.modules() if isinstance(module, Experts)]
     for experts in sparse:
         assert experts[1].up_proj.weight.untyped_storage().data_ptr() == experts.gate_up.untyped_storage().data_ptr()
-    used, forward = [], moe.mix_stacked
+    used, forward, asked = [], moe.mix_stacked, []
     monkeypatch.setattr(moe, "mix_stacked", lambda *a: used.append(1) or forward(*a))
+    monkeypatch.setattr(moe, "grouped_mm_is_one_kernel", lambda *a: asked.append(a) or True)
     assert list(generate(model, PROMPT, max_new_tokens=8)) == list(generate(plain, PROMPT, max_new_tokens=8))
+    assert set(asked) == {(torch.device("cpu"), sparse[0].down.dtype, *sparse[0].down.shape[1:])}
     assert len(used) == 8 * len(sparse)
 
 

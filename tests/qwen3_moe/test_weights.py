@@ -32,6 +32,8 @@ def test_fp8_experts_give_the_tokens_of_the_expanded_ones(tmp_path, monkeypatch,
     kept, expanded = load_model(folder), load_model(folder, dtype="bfloat16")
     experts = [p for name, p in kept.named_parameters() if ".experts." in name and name.endswith("_proj.weight")]
     assert len(experts) == 3 * 8 * 3 and {p.dtype for p in experts} == {torch.float8_e4m3fn}
+    assert not any(p.requires_grad for p in experts) and all(p.requires_grad for p in expanded.parameters())
+    assert not any(p.requires_grad for name, p in kept.named_parameters() if name.endswith("_scale_inv"))
     assert {p.dtype for p in expanded.parameters()} == {torch.bfloat16}
     ids = torch.tensor([PROMPT])
     with torch.inference_mode():
