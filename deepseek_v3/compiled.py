@@ -10,9 +10,9 @@ mask hides those that are not written yet. A new block is a new recording, of th
 import torch
 from torch import Tensor
 
-from deepseek_v3.layers import KVCache
-from deepseek_v3.model import DecoderLayer, DeepseekV3
-from deepseek_v3.moe import Experts
+from .layers import KVCache
+from .model import DecoderLayer, Model
+from .moe import Experts
 
 BLOCK = 256  # slots
 
@@ -46,7 +46,7 @@ class CompiledStep:
     for instance).
     """
 
-    def __init__(self, model: DeepseekV3, cache: KVCache):
+    def __init__(self, model: Model, cache: KVCache):
         if not all(part.is_stacked() for part in model.modules() if isinstance(part, Experts)):
             raise ValueError("compiled steps need the experts in stacks, which load_model makes on a GPU only; "
                              "leave out --compile")

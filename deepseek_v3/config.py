@@ -1,4 +1,4 @@
-"""1. The numbers of a checkpoint: config.json and generation_config.json -> DeepseekV3Config.
+"""1. The numbers of a checkpoint: config.json and generation_config.json -> Config.
 
 New against Qwen3-MoE: the ranks of compressed keys, values and queries, heads of two parts, groups of experts, experts
 that every token uses, and a layer that predicts a second token. The architecture is that of DeepSeek-V3, V3.1, R1 (671B),
@@ -44,7 +44,7 @@ class Yarn:
 
 
 @dataclass(frozen=True)
-class DeepseekV3Config:
+class Config:
     """A checkpoint's numbers, under config.json's own names; the sampling defaults are generation_config.json's."""
 
     vocab_size: int
@@ -98,7 +98,7 @@ class DeepseekV3Config:
         return layer >= self.first_k_dense_replace
 
     @classmethod
-    def from_checkpoint(cls, directory: str | Path) -> "DeepseekV3Config":
+    def from_checkpoint(cls, directory: str | Path) -> "Config":
         """Read config.json, and generation_config.json where there is one.
 
         Raises FileNotFoundError without a folder or config.json, ValueError naming file and field for what
@@ -215,7 +215,7 @@ def refuse_what_is_not_computed(fields: Fields) -> None:
             fields.refuse(name, f"only {json.dumps(known)} is known here")
 
 
-def refuse_impossible_numbers(fields: Fields, config: DeepseekV3Config) -> None:
+def refuse_impossible_numbers(fields: Fields, config: Config) -> None:
     E, groups, left = config.n_routed_experts, config.n_group, config.n_routed_experts // config.n_group * config.topk_group
     if config.qk_rope_head_dim % 2:
         fields.refuse("qk_rope_head_dim", "expected an even number, for RoPE turns pairs")

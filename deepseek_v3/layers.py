@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepseek_v3.config import DeepseekV3Config, Yarn
+from .config import Config, Yarn
 
 
 class RMSNorm(nn.Module):
@@ -122,7 +122,7 @@ class RotaryEmbedding:
     Weights trained with one are wrong with the other, and nothing crashes: the text just gets bad.
     """
 
-    def __init__(self, config: DeepseekV3Config):
+    def __init__(self, config: Config):
         self.config = config
         self.cos = self.sin = torch.empty(0, config.head_dim // 2)
 
@@ -140,7 +140,7 @@ class RotaryEmbedding:
         self.cos, self.sin = (angle.cos() * scale).to(device), (angle.sin() * scale).to(device)
 
 
-def inverse_frequencies(config: DeepseekV3Config) -> tuple[Tensor, float]:
+def inverse_frequencies(config: Config) -> tuple[Tensor, float]:
     """(theta_j, (N/2,) float32; the factor on cos and sin). Without YaRN theta^(-2j/N) and 1."""
     N, theta, yarn = config.head_dim, config.rope_theta, config.rope_scaling
     period = theta ** (torch.arange(0, N, 2, dtype=torch.float32) / N)  # tokens per radian
@@ -198,7 +198,7 @@ class KVCache:
         row 1       · · · x y →          padding[1] = 3
     """
 
-    def __init__(self, config: DeepseekV3Config, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu",
+    def __init__(self, config: Config, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu",
                  padding: list[int] | None = None, layers: int | None = None):
         shape = (layers or config.num_hidden_layers, len(padding or [0]), capacity,
                  config.kv_lora_rank + config.qk_rope_head_dim)
@@ -208,7 +208,7 @@ class KVCache:
         self.drafts: KVCache | None = None  # that of the layer which predicts a second token, see speculative.py
 
     @staticmethod
-    def bytes_per_token(config: DeepseekV3Config, dtype: torch.dtype) -> int:
+    def bytes_per_token(config: Config, dtype: torch.dtype) -> int:
         """Of all layers: L * (R + P) values."""
         return config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * dtype.itemsize
 

@@ -19,15 +19,15 @@ if __name__ == "__main__":  # importing torch takes seconds, and Ctrl-C should l
 
 import torch
 
-from deepseek_v3.config import DTYPES, DeepseekV3Config
-from deepseek_v3.files import CheckpointFiles
-from deepseek_v3.generate import check_request, generate, new_cache
-from deepseek_v3.layers import KVCache
-from deepseek_v3.model import DeepseekV3
-from deepseek_v3.routing import Routing
-from deepseek_v3.speculative import Acceptance
-from deepseek_v3.tokenizer import END_THINK, THINK, Tokenizer, dropping_newlines
-from deepseek_v3.weights import bytes_per_token, check_memory, compute_dtype, find_device, gigabytes, load_model
+from .config import DTYPES, Config
+from .engine.safetensors_reader import CheckpointFiles
+from .generate import check_request, generate, new_cache
+from .layers import KVCache
+from .model import Model
+from .routing import Routing
+from .speculative import Acceptance
+from .tokenizer import END_THINK, THINK, Tokenizer, dropping_newlines
+from .weights import bytes_per_token, check_memory, compute_dtype, find_device, gigabytes, load_model
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 DEFAULT, EMBEDDED, DOWNLOAD = "Moonlight-16B-A3B-Instruct", "DeepSeek-V3-Tiny", "bash scripts/download_deepseek_v3.sh"
@@ -95,7 +95,7 @@ class Conversation:
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments, self.folder = arguments, find_checkpoint(arguments.model)
-        self.config = DeepseekV3Config.from_checkpoint(self.folder)
+        self.config = Config.from_checkpoint(self.folder)
         self.tokenizer = Tokenizer.from_checkpoint(self.folder)
         if arguments.speculative and not self.config.num_nextn_predict_layers:
             raise ValueError(f"{self.folder.name} has no layer that predicts a second token; leave out --speculative")
@@ -196,7 +196,7 @@ class Conversation:
 class Speed:
     """Counts tokens and takes the time, of the prompt and of the answer apart."""
 
-    def __init__(self, model: DeepseekV3, prompt_tokens: int):
+    def __init__(self, model: Model, prompt_tokens: int):
         self.prompt_tokens, self.ids, self.times = prompt_tokens, [], [time.perf_counter()]
         self.bytes_per_token, self.acceptance = bytes_per_token(model), Acceptance()
 

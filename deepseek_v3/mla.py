@@ -23,14 +23,14 @@ eq. 1-11).
 import torch
 from torch import Tensor, nn
 
-from deepseek_v3.attention import attend
-from deepseek_v3.config import DeepseekV3Config
-from deepseek_v3.layers import KVCache, Linear, RMSNorm, mscale, neighbours_apart, product, rotate
+from .attention import attend
+from .config import Config
+from .layers import KVCache, Linear, RMSNorm, mscale, neighbours_apart, product, rotate
 
 LATENT_EPS = 1e-6  # of the norms on latents, whatever rms_norm_eps says: Moonlight's is 1e-5, and its weights want this
 
 
-def softmax_scale(config: DeepseekV3Config) -> float:
+def softmax_scale(config: Config) -> float:
     """1 / sqrt(N + P); with YaRN times mscale², which DeepSeek puts here and not on cos and sin (arXiv:2309.00071, eq. 22)."""
     scale, yarn = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5, config.rope_scaling
     return scale * mscale(yarn, yarn.mscale_all_dim) ** 2 if yarn and yarn.mscale_all_dim else scale
@@ -39,7 +39,7 @@ def softmax_scale(config: DeepseekV3Config) -> float:
 class Attention(nn.Module):
     """(B, T, D) -> (B, T, D). `absorb` None takes the form that needs fewer operations; True and False are for tests."""
 
-    def __init__(self, config: DeepseekV3Config, layer: int):
+    def __init__(self, config: Config, layer: int):
         super().__init__()
         D, H, R = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
         self.N, self.P, self.M, self.R = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, R

@@ -21,15 +21,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from deepseek_v3.attention import attention_mask
-from deepseek_v3.config import DeepseekV3Config
-from deepseek_v3.layers import MLP, KVCache, Linear, RMSNorm, RotaryEmbedding, new_weight, product
-from deepseek_v3.mla import Attention
-from deepseek_v3.moe import DeepSeekMoE
+from .attention import attention_mask
+from .config import Config
+from .layers import MLP, KVCache, Linear, RMSNorm, RotaryEmbedding, new_weight, product
+from .mla import Attention
+from .moe import DeepSeekMoE
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: DeepseekV3Config, layer: int, cache_layer: int | None = None):
+    def __init__(self, config: Config, layer: int, cache_layer: int | None = None):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer if cache_layer is None else cache_layer)
@@ -45,7 +45,7 @@ class DecoderLayer(nn.Module):
 class MTPLayer(DecoderLayer):
     """The layer behind the last. The embedding and the head it uses are the main model's; files hold them twice."""
 
-    def __init__(self, config: DeepseekV3Config, layer: int):
+    def __init__(self, config: Config, layer: int):
         super().__init__(config, layer, cache_layer=0)  # it has a cache of its own
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -60,7 +60,7 @@ class MTPLayer(DecoderLayer):
 class Decoder(nn.Module):
     """Everything but the head; the tensors under `model.`"""
 
-    def __init__(self, config: DeepseekV3Config):
+    def __init__(self, config: Config):
         super().__init__()
         size = config.vocab_size, config.hidden_size
         self.embed_tokens = nn.Embedding(*size, _weight=new_weight(*size))
@@ -104,10 +104,10 @@ class Decoder(nn.Module):
         return x
 
 
-class DeepseekV3(nn.Module):
+class Model(nn.Module):
     """model(token_ids) -> logits; (B, T) int64 -> (B, T, V)."""
 
-    def __init__(self, config: DeepseekV3Config):
+    def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.model = Decoder(config)

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepseek_v3.config import DeepseekV3Config
-from deepseek_v3.layers import MLP, dequantize, new_weight, product, product_of_one_row
+from .config import Config
+from .layers import MLP, dequantize, new_weight, product, product_of_one_row
 
 # grouped_mm(rows, matrices, offs): the first offs[0] rows times matrix 0, those up to offs[1] times matrix 1, …
 grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # torch 2.9 has it under the second name only
@@ -38,7 +38,7 @@ def grouped_mm_is_one_kernel(device: torch.device, dtype: torch.dtype, *widths: 
 class Router(nn.Module):
     """Chooses num_experts_per_tok experts for each token, and weighs them (DeepSeek-V3, eq. 13-16). All in float32."""
 
-    def __init__(self, config: DeepseekV3Config):
+    def __init__(self, config: Config):
         super().__init__()
         self.active, self.renormalise = config.num_experts_per_tok, config.norm_topk_prob
         self.groups, self.best_groups, self.factor = config.n_group, config.topk_group, config.routed_scaling_factor
@@ -184,7 +184,7 @@ class DeepSeekMoE(nn.Module):
     What all tokens need is learned once, by the shared experts; n of them are one MLP of n times the width.
     """
 
-    def __init__(self, config: DeepseekV3Config):
+    def __init__(self, config: Config):
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config.n_routed_experts, config.hidden_size, config.moe_intermediate_size)

@@ -7,8 +7,8 @@ import shutil
 
 import torch
 
-from deepseek_v3.model import DeepseekV3
-from deepseek_v3.moe import Router
+from .model import Model
+from .moe import Router
 
 SHADES = " ░▒▓█"
 
@@ -16,7 +16,7 @@ SHADES = " ░▒▓█"
 class Routing:
     """Counts, from now on, how often each expert of a model is chosen: `counts[layer]` is (E,) int64."""
 
-    def __init__(self, model: DeepseekV3):
+    def __init__(self, model: Model):
         self.active, self.counts = model.config.num_experts_per_tok, {}
         for name, module in model.named_modules():
             if isinstance(module, Router):

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepseek_v3.layers import KVCache
-from deepseek_v3.model import DeepseekV3
+from .layers import KVCache
+from .model import Model
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Acceptance:
 
 
 @torch.inference_mode()
-def speculate(model: DeepseekV3, prompt_ids: list[int], max_new_tokens: int, distribution: Callable[[Tensor], Tensor],
+def speculate(model: Model, prompt_ids: list[int], max_new_tokens: int, distribution: Callable[[Tensor], Tensor],
               generator: torch.Generator, stop_ids: Collection[int], cache: KVCache, acceptance: Acceptance, chunk: int,
               progress: Callable[[int, int], None] | None) -> Iterator[int]:
     """The tokens of `generate`. `distribution` turns logits (T, V) into the probabilities (T, V) to draw from.
@@ -80,7 +80,7 @@ def speculate(model: DeepseekV3, prompt_ids: list[int], max_new_tokens: int, dis
         following = new
 
 
-def read(model: DeepseekV3, ids: list[int], cache: KVCache, chunk: int, progress: Callable[[int, int], None] | None) -> Tensor:
+def read(model: Model, ids: list[int], cache: KVCache, chunk: int, progress: Callable[[int, int], None] | None) -> Tensor:
     """Put tokens into the cache, in chunks; return the final states of all, (1, T, D)."""
     states = []
     for first in range(0, len(ids), chunk):
@@ -94,7 +94,7 @@ def read(model: DeepseekV3, ids: list[int], cache: KVCache, chunk: int, progress
     return torch.cat(states, 1)
 
 
-def draft(model: DeepseekV3, following: list[int], hidden: Tensor, cache: KVCache, chunk: int) -> Tensor:
+def draft(model: Model, following: list[int], hidden: Tensor, cache: KVCache, chunk: int) -> Tensor:
     """Logits (1, V) for the token behind the last of `following`, which came after the states `hidden` (1, T, D)."""
     parts = torch.tensor([following], device=cache.device).split(chunk, 1)
     for ids, states in zip(parts[:-1], hidden.split(chunk, 1)):

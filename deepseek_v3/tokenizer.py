@@ -2,7 +2,7 @@
 
 Text becomes UTF-8 bytes, bytes become tokens by byte-pair encoding (BPE; Sennrich et al., arXiv:1508.07909).
 The merging is done by the `tokenizers` library from the checkpoint's tokenizer.json (or tiktoken.model, see
-ranks.py); what is ours is the chat format, decoding as the tokens come, and one rule:
+engine/tiktoken_vocab.py); what is ours is the chat format, decoding as the tokens come, and one rule:
 
     Control tokens are put in by this file and never read out of text.
 
@@ -27,8 +27,8 @@ from pathlib import Path
 
 import tokenizers
 
-from deepseek_v3.config import DeepseekV3Config, read_json
-from deepseek_v3.ranks import read_tiktoken
+from .config import Config, read_json
+from .engine.tiktoken_vocab import read_tiktoken
 
 # Full-width bars (U+FF5C) and low blocks (U+2581): no keyboard types them, and they are spelled here only.
 BOS, EOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"
@@ -79,7 +79,7 @@ class Tokenizer:
             tokenizer = read_tiktoken(ranks, byte_alphabet()) if path == ranks else tokenizers.Tokenizer.from_file(str(path))
             format, default_system = read_chat_format(directory)
             # An answer ends with a control token; a checkpoint that does not stop at <|im_end|> never learned turns.
-            stops = DeepseekV3Config.from_checkpoint(directory).eos_token_id
+            stops = Config.from_checkpoint(directory).eos_token_id
             if format == "Moonlight" and stops and tokenizer.token_to_id(IM_END) not in stops:
                 format = None
             return cls(tokenizer, format, default_system)

@@ -18,17 +18,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from deepseek_v3.config import DTYPES, DeepseekV3Config
-from deepseek_v3.files import FP8, CheckpointFiles
-from deepseek_v3.layers import Linear, dequantize
-from deepseek_v3.model import DeepseekV3, MTPLayer
-from deepseek_v3.moe import Experts
+from .config import DTYPES, Config
+from .engine.safetensors_reader import FP8, CheckpointFiles
+from .layers import Linear, dequantize
+from .model import Model, MTPLayer
+from .moe import Experts
 
 BIAS = "e_score_correction_bias"  # the one tensor that is float32 whatever the others are
 
 
 def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None,
-               progress: Callable[[int, int], None] | None = None) -> DeepseekV3:
+               progress: Callable[[int, int], None] | None = None) -> Model:
     """The checkpoint in `directory` as a model in eval mode.
 
     dtype None keeps the checkpoint's own; FP8 weights then stay FP8 and are dequantised as they are used,
@@ -36,14 +36,14 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
     Raises FileNotFoundError or ValueError, saying which file or tensor is missing, damaged or unexpected.
     """
     files = CheckpointFiles(directory)
-    config = what_is_stored(DeepseekV3Config.from_checkpoint(directory), files)
+    config = what_is_stored(Config.from_checkpoint(directory), files)
     compute = compute_dtype(config, files, dtype)
     experts = config.n_routed_experts if config.is_sparse(config.num_hidden_layers - 1) else 0
     if max(config.num_hidden_layers, experts) > len(files.tensors):  # a damaged number, and each would be built before one is missed
         raise ValueError(f"{files.directory}: config.json asks for {config.num_hidden_layers} layers and {experts} experts, "
                          f"the files hold {len(files.tensors)} tensors")
     with torch.device("meta"):
-        model = DeepseekV3(config)
+        model = Model(config)
     names = check_names_and_shapes(model, files)
     stacked = type_of_stacks(config, files, torch.device(device), dtype, compute)
     for module in model.modules():
@@ -66,14 +66,14 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
     return model.eval()
 
 
-def what_is_stored(config: DeepseekV3Config, files: CheckpointFiles) -> DeepseekV3Config:
+def what_is_stored(config: Config, files: CheckpointFiles) -> Config:
     """The config, without the layer that predicts a second token where no tensor of it is in the files."""
     last = f"model.layers.{config.num_hidden_layers}."
     return config if any(name.startswith(last) for name in files.tensors) else dataclasses.replace(
         config, num_nextn_predict_layers=0)
 
 
-def type_of_stacks(config: DeepseekV3Config, files: CheckpointFiles, device: torch.device, dtype: torch.dtype | str | None,
+def type_of_stacks(config: Config, files: CheckpointFiles, device: torch.device, dtype: torch.dtype | str | None,
                    compute: torch.dtype) -> torch.dtype | None:
     """The type of the tensors that hold all experts of a layer (Experts.stack); None where these stay by themselves.
 
@@ -99,7 +99,7 @@ def put(module: nn.Module, leaf: str, tensor: Tensor) -> None:
 
 def bytes_in_memory(directory: str | Path, dtype: torch.dtype | str | None = None, active: bool = False) -> int:
     """What the weights will take, computed from the headers alone; `active`: counting only experts that a token uses."""
-    config, files = DeepseekV3Config.from_checkpoint(directory), CheckpointFiles(directory)
+    config, files = Config.from_checkpoint(directory), CheckpointFiles(directory)
     compute = compute_dtype(config, files, dtype)
     dense = experts = 0
     for name, (_, shape, stored, *_) in files.tensors.items():
@@ -112,7 +112,7 @@ def bytes_in_memory(directory: str | Path, dtype: torch.dtype | str | None = Non
     return dense + (experts * config.num_experts_per_tok // config.n_routed_experts if active else experts)
 
 
-def bytes_per_token(model: DeepseekV3) -> int:
+def bytes_per_token(model: Model) -> int:
     """What one new token reads: every weight but the experts that it is not routed to, the layer that predicts a
     second token and, where the embedding is not the head as well, all but a row of that."""
     def size(module: nn.Module) -> int:
@@ -159,7 +159,7 @@ def check_memory(directory: str | Path, device: torch.device, dtype: str | None,
     On the CPU weights that need no conversion stay in the file, and what must fit is what a single token reads.
     """
     weights, free, files = bytes_in_memory(directory, dtype), free_memory(device), CheckpointFiles(directory)
-    compute = compute_dtype(DeepseekV3Config.from_checkpoint(directory), files, dtype)
+    compute = compute_dtype(Config.from_checkpoint(directory), files, dtype)
     stored = {tensor.dtype for name, tensor in files.tensors.items() if not name.endswith(("_scale_inv", BIAS))}
     stay_in_file = device.type == "cpu" and stored <= {compute, FP8 if dtype is None else compute}
     needed = bytes_in_memory(directory, dtype, active=stay_in_file)
@@ -172,7 +172,7 @@ def check_memory(directory: str | Path, device: torch.device, dtype: str | None,
     return gigabytes(weights)
 
 
-def compute_dtype(config: DeepseekV3Config, files: CheckpointFiles, dtype: torch.dtype | str | None) -> torch.dtype:
+def compute_dtype(config: Config, files: CheckpointFiles, dtype: torch.dtype | str | None) -> torch.dtype:
     """One type for activations, norms and cache, decided once: asked for, or the config's, or the embedding's."""
     dtype = DTYPES.get(dtype, dtype) or config.dtype
     if dtype is None:
@@ -183,7 +183,7 @@ def compute_dtype(config: DeepseekV3Config, files: CheckpointFiles, dtype: torch
     return dtype
 
 
-def check_names_and_shapes(model: DeepseekV3, files: CheckpointFiles) -> list[str]:
+def check_names_and_shapes(model: Model, files: CheckpointFiles) -> list[str]:
     """The names to load. Each parameter has its tensor, each tensor its parameter, of one shape; else ValueError."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name in list(expected):
@@ -211,7 +211,7 @@ def check_names_and_shapes(model: DeepseekV3, files: CheckpointFiles) -> list[st
     return list(expected)
 
 
-def copies(config: DeepseekV3Config) -> dict[str, str]:
+def copies(config: Config) -> dict[str, str]:
     """Tensors that are another one once more, and are not loaded: name -> name of the original."""
     head = "lm_head.weight"
     tied = {head: "model.embed_tokens.weight"} if config.tie_word_embeddings else {}

@@ -10,8 +10,8 @@ mask hides those that are not written yet. A new block is a new recording, of th
 import torch
 from torch import Tensor
 
-from qwen3.layers import KVCache
-from qwen3.model import DecoderLayer, Qwen3
+from .layers import KVCache
+from .model import DecoderLayer, Model
 
 BLOCK = 256  # slots
 
@@ -46,7 +46,7 @@ class CompiledStep:
     Raises ValueError where PyTorch cannot compile, for want of a C++ compiler for instance.
     """
 
-    def __init__(self, model: Qwen3, cache: KVCache):
+    def __init__(self, model: Model, cache: KVCache):
         self.model, self.cache, self.dtype = model, cache, model.model.norm.weight.dtype
         # Whole blocks, and a slot more: a view of all slots would be another case, and compiled anew.
         cache.reserve(-(-cache.capacity // BLOCK) * BLOCK + 1)

@@ -1,4 +1,4 @@
-"""1. The numbers of a checkpoint: config.json and generation_config.json -> Qwen3Config.
+"""1. The numbers of a checkpoint: config.json and generation_config.json -> Config.
 
 Everything that changes the result is read here and used, or refused by name. Nothing is guessed from a
 size or a file name: inside this one family rope_theta is 1e6, 5e6 or 1e7, and head_dim is not
@@ -42,7 +42,7 @@ class Yarn:
 
 
 @dataclass(frozen=True)
-class Qwen3Config:
+class Config:
     """A checkpoint's numbers, under config.json's own names; the sampling defaults are generation_config.json's."""
 
     vocab_size: int
@@ -73,7 +73,7 @@ class Qwen3Config:
         return max(self.max_position_embeddings, int(stretched))
 
     @classmethod
-    def from_checkpoint(cls, directory: str | Path) -> "Qwen3Config":
+    def from_checkpoint(cls, directory: str | Path) -> "Config":
         """Read config.json, and generation_config.json where there is one.
 
         Raises FileNotFoundError without a folder or config.json, ValueError naming file and field for what

@@ -19,13 +19,13 @@ if __name__ == "__main__":  # importing torch takes seconds, and Ctrl-C should l
 
 import torch
 
-from qwen3.config import DTYPES, Qwen3Config
-from qwen3.files import CheckpointFiles
-from qwen3.generate import check_request, generate, new_cache
-from qwen3.layers import KVCache
-from qwen3.model import Qwen3
-from qwen3.tokenizer import END_THINK, THINK, Tokenizer, dropping_newlines
-from qwen3.weights import bytes_per_token, check_memory, compute_dtype, find_device, gigabytes, load_model
+from .config import DTYPES, Config
+from .engine.safetensors_reader import CheckpointFiles
+from .generate import check_request, generate, new_cache
+from .layers import KVCache
+from .model import Model
+from .tokenizer import END_THINK, THINK, Tokenizer, dropping_newlines
+from .weights import bytes_per_token, check_memory, compute_dtype, find_device, gigabytes, load_model
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 DEFAULT, EMBEDDED, DOWNLOAD = "Qwen3-0.6B", "Qwen3-Tiny", "bash scripts/download_qwen3.sh"
@@ -94,7 +94,7 @@ class Conversation:
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments, self.folder = arguments, find_checkpoint(arguments.model)
-        self.config = Qwen3Config.from_checkpoint(self.folder)
+        self.config = Config.from_checkpoint(self.folder)
         self.tokenizer = Tokenizer.from_checkpoint(self.folder)
         self.choose_thinking(arguments.thinking)
         for flag in ("chat", "system", "thinking"):
@@ -193,7 +193,7 @@ class Conversation:
 class Speed:
     """Counts tokens and takes the time, of the prompt and of the answer apart."""
 
-    def __init__(self, model: Qwen3, prompt_tokens: int):
+    def __init__(self, model: Model, prompt_tokens: int):
         self.prompt_tokens, self.ids, self.times = prompt_tokens, [], [time.perf_counter()]
         self.bytes_per_token = bytes_per_token(model)
 

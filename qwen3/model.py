@@ -15,13 +15,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qwen3.attention import Attention, attention_mask
-from qwen3.config import Qwen3Config
-from qwen3.layers import MLP, KVCache, Linear, RMSNorm, RotaryEmbedding, new_weight, product
+from .attention import Attention, attention_mask
+from .config import Config
+from .layers import MLP, KVCache, Linear, RMSNorm, RotaryEmbedding, new_weight, product
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: Qwen3Config, layer: int):
+    def __init__(self, config: Config, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
@@ -37,7 +37,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Everything but the head; the tensors under `model.`"""
 
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, config: Config):
         super().__init__()
         size = config.vocab_size, config.hidden_size
         self.embed_tokens = nn.Embedding(*size, _weight=new_weight(*size))
@@ -68,10 +68,10 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-class Qwen3(nn.Module):
+class Model(nn.Module):
     """model(token_ids) -> logits; (B, T) int64 -> (B, T, V)."""
 
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.model = Decoder(config)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import tokenizers
 
-from qwen3.config import Qwen3Config, read_json
+from .config import Config, read_json
 
 IM_START, IM_END, THINK, END_THINK = "<|im_start|>", "<|im_end|>", "<think>", "</think>"
 
@@ -63,7 +63,7 @@ class Tokenizer:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
             # An answer ends with a control token; a checkpoint that does not stop at <|im_end|> never learned turns.
             # (The Base checkpoints ship the chat template all the same.)
-            stops = Qwen3Config.from_checkpoint(directory).eos_token_id
+            stops = Config.from_checkpoint(directory).eos_token_id
             im_end = tokenizer.token_to_id(IM_END)
             thinking = None if im_end is None or (stops and im_end not in stops) else read_chat_format(directory)
             return cls(tokenizer, thinking)

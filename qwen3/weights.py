@@ -13,28 +13,28 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qwen3.config import DTYPES, Qwen3Config
-from qwen3.files import FP8, CheckpointFiles
-from qwen3.layers import Linear, dequantize
-from qwen3.model import Qwen3
+from .config import DTYPES, Config
+from .engine.safetensors_reader import FP8, CheckpointFiles
+from .layers import Linear, dequantize
+from .model import Model
 
 
 def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None,
-               progress: Callable[[int, int], None] | None = None) -> Qwen3:
+               progress: Callable[[int, int], None] | None = None) -> Model:
     """The checkpoint in `directory` as a model in eval mode.
 
     dtype None keeps the checkpoint's own; FP8 weights then stay FP8 and are dequantised as they are used,
     while a dtype expands them once. `progress(done, total)` counts tensors.
     Raises FileNotFoundError or ValueError, saying which file or tensor is missing, damaged or unexpected.
     """
-    config = Qwen3Config.from_checkpoint(directory)
+    config = Config.from_checkpoint(directory)
     files = CheckpointFiles(directory)
     compute = compute_dtype(config, files, dtype)
     if config.num_hidden_layers > len(files.tensors):  # a damaged number, and each would be built before one is missed
         raise ValueError(f"{files.directory}: config.json asks for {config.num_hidden_layers} layers, the files hold "
                          f"{len(files.tensors)} tensors")
     with torch.device("meta"):
-        model = Qwen3(config)
+        model = Model(config)
     names = check_names_and_shapes(model, files)
 
     for done, name in enumerate(names, start=1):
@@ -55,7 +55,7 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
 
 def bytes_in_memory(directory: str | Path, dtype: torch.dtype | str | None = None) -> int:
     """What the weights will take on the device, computed from the headers alone."""
-    config, files = Qwen3Config.from_checkpoint(directory), CheckpointFiles(directory)
+    config, files = Config.from_checkpoint(directory), CheckpointFiles(directory)
     compute = compute_dtype(config, files, dtype)
     total = 0
     for name, (_, shape, stored, *_) in files.tensors.items():
@@ -66,7 +66,7 @@ def bytes_in_memory(directory: str | Path, dtype: torch.dtype | str | None = Non
     return total
 
 
-def bytes_per_token(model: Qwen3) -> int:
+def bytes_per_token(model: Model) -> int:
     """What one new token reads: every weight, but of an embedding that is not the head as well only a row."""
     total = sum(p.nbytes for p in model.parameters())
     return total if model.lm_head is None else total - model.model.embed_tokens.weight.nbytes
@@ -111,7 +111,7 @@ def check_memory(directory: str | Path, device: torch.device, dtype: str | None,
     return gigabytes(weights)
 
 
-def compute_dtype(config: Qwen3Config, files: CheckpointFiles, dtype: torch.dtype | str | None) -> torch.dtype:
+def compute_dtype(config: Config, files: CheckpointFiles, dtype: torch.dtype | str | None) -> torch.dtype:
     """One type for activations, norms and cache, decided once: asked for, or the config's, or the embedding's."""
     dtype = DTYPES.get(dtype, dtype) or config.dtype
     if dtype is None:
@@ -122,7 +122,7 @@ def compute_dtype(config: Qwen3Config, files: CheckpointFiles, dtype: torch.dtyp
     return dtype
 
 
-def check_names_and_shapes(model: Qwen3, files: CheckpointFiles) -> list[str]:
+def check_names_and_shapes(model: Model, files: CheckpointFiles) -> list[str]:
     """The names to load. Each parameter has its tensor, each tensor its parameter, of one shape; else ValueError."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name in list(expected):
@@ -150,7 +150,7 @@ def check_names_and_shapes(model: Qwen3, files: CheckpointFiles) -> list[str]:
     return list(expected)
 
 
-def copies(config: Qwen3Config) -> dict[str, str]:
+def copies(config: Config) -> dict[str, str]:
     """Tensors that are another one once more, and are not loaded: name -> name of the original."""
     return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen3_moe.config import Qwen3MoeConfig
-from qwen3_moe.layers import KVCache, Linear, RMSNorm, rotate
+from .config import Config
+from .layers import KVCache, Linear, RMSNorm, rotate
 
 
 def attention_mask(first: int, T: int, padding: Tensor | None, device: torch.device) -> Tensor | None:
@@ -73,7 +73,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
 class Attention(nn.Module):
     """Grouped-query attention with QK-Norm and RoPE (Qwen3, arXiv:2505.09388, section 2). (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, config: Qwen3MoeConfig, layer: int):
+    def __init__(self, config: Config, layer: int):
         super().__init__()
         D, N = config.hidden_size, config.head_dim
         self.layer, self.head_dim = layer, N

@@ -10,9 +10,9 @@ mask hides those that are not written yet. A new block is a new recording, of th
 import torch
 from torch import Tensor
 
-from qwen3_moe.layers import KVCache
-from qwen3_moe.model import DecoderLayer, Qwen3Moe
-from qwen3_moe.moe import Experts
+from .layers import KVCache
+from .model import DecoderLayer, Model
+from .moe import Experts
 
 BLOCK = 256  # slots
 
@@ -48,7 +48,7 @@ class CompiledStep:
     for instance).
     """
 
-    def __init__(self, model: Qwen3Moe, cache: KVCache):
+    def __init__(self, model: Model, cache: KVCache):
         if not all(part.is_stacked() for part in model.modules() if isinstance(part, Experts)):
             raise ValueError("compiled steps need the experts in stacks, which load_model makes on a GPU only; "
                              "leave out --compile")

@@ -1,4 +1,4 @@
-"""1. The numbers of a checkpoint: config.json and generation_config.json -> Qwen3MoeConfig.
+"""1. The numbers of a checkpoint: config.json and generation_config.json -> Config.
 
 New against the dense Qwen3: how many experts there are, how many a token uses, how wide one is, which layers
 have them, and whether the router's weights are renormalised. Everything that changes the result is read here
@@ -42,7 +42,7 @@ class Yarn:
 
 
 @dataclass(frozen=True)
-class Qwen3MoeConfig:
+class Config:
     """A checkpoint's numbers, under config.json's own names; the sampling defaults are generation_config.json's."""
 
     vocab_size: int
@@ -84,7 +84,7 @@ class Qwen3MoeConfig:
         return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
 
     @classmethod
-    def from_checkpoint(cls, directory: str | Path) -> "Qwen3MoeConfig":
+    def from_checkpoint(cls, directory: str | Path) -> "Config":
         """Read config.json, and generation_config.json where there is one.
 
         Raises FileNotFoundError without a folder or config.json, ValueError naming file and field for what

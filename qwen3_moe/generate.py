@@ -13,10 +13,10 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from torch import Tensor
 
-from qwen3_moe.compiled import CompiledStep
-from qwen3_moe.config import Qwen3MoeConfig
-from qwen3_moe.layers import KVCache
-from qwen3_moe.model import Qwen3Moe
+from .compiled import CompiledStep
+from .config import Config
+from .layers import KVCache
+from .model import Model
 
 # A prompt is fed in pieces, so that MLP activations and mask take memory for one piece, not for all of it. Smaller ones
 # would be slower: keys are seen in more pieces, experts get fewer rows each.
@@ -54,7 +54,7 @@ def candidates(logits: Tensor, temperature: float, top_k: int | None, top_p: flo
     return probabilities, ids
 
 
-def generate(model: Qwen3Moe, prompt_ids: list[int], *, max_new_tokens: int, temperature: float = 0.0,
+def generate(model: Model, prompt_ids: list[int], *, max_new_tokens: int, temperature: float = 0.0,
              top_k: int | None = None, top_p: float | None = None, stop_ids: Collection[int] = (),
              seed: int | None = None, cache: KVCache | None = None,
              progress: Callable[[int, int], None] | None = None, compiled: bool = False) -> Iterator[int]:
@@ -94,7 +94,7 @@ def generate(model: Qwen3Moe, prompt_ids: list[int], *, max_new_tokens: int, tem
 
 
 @torch.inference_mode()
-def generate_batch(model: Qwen3Moe, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 0.0,
+def generate_batch(model: Model, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 0.0,
                    top_k: int | None = None, top_p: float | None = None, stop_ids: Collection[int] = (),
                    seed: int | None = None) -> list[list[int]]:
     """New ids for each of several prompts of any lengths, computed together; each ends on its own.
@@ -126,7 +126,7 @@ def generate_batch(model: Qwen3Moe, prompts: list[list[int]], *, max_new_tokens:
     return answers
 
 
-def prefill(model: Qwen3Moe, token_ids: Tensor, cache: KVCache,
+def prefill(model: Model, token_ids: Tensor, cache: KVCache,
             progress: Callable[[int, int], None] | None = None) -> Tensor:
     """Put (B, T) tokens into the cache; return the logits of the last one, (B, V). `progress(done, T)` counts tokens."""
     T = token_ids.shape[1]
@@ -141,19 +141,19 @@ def prefill(model: Qwen3Moe, token_ids: Tensor, cache: KVCache,
     return model.head(x[:, -1])  # of nothing else: nobody asks what follows in the middle of a prompt
 
 
-def new_cache(model: Qwen3Moe, capacity: int, padding: list[int] | None = None) -> KVCache:
+def new_cache(model: Model, capacity: int, padding: list[int] | None = None) -> KVCache:
     """An empty cache of the activations' type on the model's device."""
     like = model.model.norm.weight  # never FP8
     return KVCache(model.config, capacity, like.dtype, like.device, padding)
 
 
-def new_generator(model: Qwen3Moe, seed: int | None) -> torch.Generator:
+def new_generator(model: Model, seed: int | None) -> torch.Generator:
     generator = torch.Generator(model.model.norm.weight.device)
     generator.seed() if seed is None else generator.manual_seed(seed)
     return generator
 
 
-def check_request(config: Qwen3MoeConfig, prompts: list[list[int]], max_new_tokens: int, temperature: float,
+def check_request(config: Config, prompts: list[list[int]], max_new_tokens: int, temperature: float,
                   top_k: int | None, top_p: float | None, seed: int | None) -> None:
     """ValueError for what `generate` could not do; cheap, so that it can be asked before a model is loaded."""
     if max_new_tokens < 0:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen3_moe.config import Qwen3MoeConfig, Yarn
+from .config import Config, Yarn
 
 
 class RMSNorm(nn.Module):
@@ -122,7 +122,7 @@ class RotaryEmbedding:
     Weights trained with one are wrong with the other, and nothing crashes: the text just gets bad.
     """
 
-    def __init__(self, config: Qwen3MoeConfig):
+    def __init__(self, config: Config):
         self.config = config
         self.cos = self.sin = torch.empty(0, config.head_dim // 2)
 
@@ -140,7 +140,7 @@ class RotaryEmbedding:
         self.cos, self.sin = (angle.cos() * scale).to(device), (angle.sin() * scale).to(device)
 
 
-def inverse_frequencies(config: Qwen3MoeConfig) -> tuple[Tensor, float]:
+def inverse_frequencies(config: Config) -> tuple[Tensor, float]:
     """(theta_j, (N/2,) float32; the factor on cos and sin). Without YaRN theta^(-2j/N) and 1."""
     N, theta, yarn = config.head_dim, config.rope_theta, config.rope_scaling
     period = theta ** (torch.arange(0, N, 2, dtype=torch.float32) / N)  # tokens per radian
@@ -190,7 +190,7 @@ class KVCache:
         row 1       · · · x y →          padding[1] = 3
     """
 
-    def __init__(self, config: Qwen3MoeConfig, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu",
+    def __init__(self, config: Config, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu",
                  padding: list[int] | None = None):
         shape = (config.num_hidden_layers, len(padding or [0]), config.num_key_value_heads, capacity, config.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
@@ -199,7 +199,7 @@ class KVCache:
         self.length = 0  # slots in use
 
     @staticmethod
-    def bytes_per_token(config: Qwen3MoeConfig, dtype: torch.dtype) -> int:
+    def bytes_per_token(config: Config, dtype: torch.dtype) -> int:
         """Of all layers: 2 (keys and values) * L * K * N values."""
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 

@@ -19,14 +19,14 @@ if __name__ == "__main__":  # importing torch takes seconds, and Ctrl-C should l
 
 import torch
 
-from qwen3_moe.config import DTYPES, Qwen3MoeConfig
-from qwen3_moe.files import CheckpointFiles
-from qwen3_moe.generate import check_request, generate, new_cache
-from qwen3_moe.layers import KVCache
-from qwen3_moe.model import Qwen3Moe
-from qwen3_moe.routing import Routing
-from qwen3_moe.tokenizer import END_THINK, THINK, Tokenizer, dropping_newlines
-from qwen3_moe.weights import bytes_per_token, check_memory, compute_dtype, find_device, gigabytes, load_model
+from .config import DTYPES, Config
+from .engine.safetensors_reader import CheckpointFiles
+from .generate import check_request, generate, new_cache
+from .layers import KVCache
+from .model import Model
+from .routing import Routing
+from .tokenizer import END_THINK, THINK, Tokenizer, dropping_newlines
+from .weights import bytes_per_token, check_memory, compute_dtype, find_device, gigabytes, load_model
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 DEFAULT, EMBEDDED, DOWNLOAD = "Qwen3-30B-A3B", "Qwen3-MoE-Tiny", "bash scripts/download_qwen3_moe.sh"
@@ -96,7 +96,7 @@ class Conversation:
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments, self.folder = arguments, find_checkpoint(arguments.model)
-        self.config = Qwen3MoeConfig.from_checkpoint(self.folder)
+        self.config = Config.from_checkpoint(self.folder)
         self.tokenizer = Tokenizer.from_checkpoint(self.folder)
         self.choose_thinking(arguments.thinking)
         for flag in ("chat", "system", "thinking"):
@@ -195,7 +195,7 @@ class Conversation:
 class Speed:
     """Counts tokens and takes the time, of the prompt and of the answer apart."""
 
-    def __init__(self, model: Qwen3Moe, prompt_tokens: int):
+    def __init__(self, model: Model, prompt_tokens: int):
         self.prompt_tokens, self.ids, self.times = prompt_tokens, [], [time.perf_counter()]
         self.bytes_per_token = bytes_per_token(model)
 

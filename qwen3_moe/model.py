@@ -15,14 +15,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qwen3_moe.attention import Attention, attention_mask
-from qwen3_moe.config import Qwen3MoeConfig
-from qwen3_moe.layers import MLP, KVCache, Linear, RMSNorm, RotaryEmbedding, new_weight, product
-from qwen3_moe.moe import SparseMoeBlock
+from .attention import Attention, attention_mask
+from .config import Config
+from .layers import MLP, KVCache, Linear, RMSNorm, RotaryEmbedding, new_weight, product
+from .moe import SparseMoeBlock
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: Qwen3MoeConfig, layer: int):
+    def __init__(self, config: Config, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
@@ -39,7 +39,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Everything but the head; the tensors under `model.`"""
 
-    def __init__(self, config: Qwen3MoeConfig):
+    def __init__(self, config: Config):
         super().__init__()
         size = config.vocab_size, config.hidden_size
         self.embed_tokens = nn.Embedding(*size, _weight=new_weight(*size))
@@ -70,10 +70,10 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-class Qwen3Moe(nn.Module):
+class Model(nn.Module):
     """model(token_ids) -> logits; (B, T) int64 -> (B, T, V)."""
 
-    def __init__(self, config: Qwen3MoeConfig):
+    def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.model = Decoder(config)

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen3_moe.config import Qwen3MoeConfig
-from qwen3_moe.layers import MLP, Linear, dequantize, new_weight, product, product_of_one_row
+from .config import Config
+from .layers import MLP, Linear, dequantize, new_weight, product, product_of_one_row
 
 # grouped_mm(rows, matrices, offs): the first offs[0] rows times matrix 0, those up to offs[1] times matrix 1, …
 grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # torch 2.9 has it under the second name only
@@ -37,7 +37,7 @@ def grouped_mm_is_one_kernel(device: torch.device, dtype: torch.dtype, *widths: 
 class Router(nn.Module):
     """Chooses num_experts_per_tok experts for each token, and weighs them (arXiv:1701.06538, section 2.1)."""
 
-    def __init__(self, config: Qwen3MoeConfig):
+    def __init__(self, config: Config):
         super().__init__()
         self.active, self.renormalise = config.num_experts_per_tok, config.norm_topk_prob
         self.weight = new_weight(config.num_experts, config.hidden_size)
@@ -172,7 +172,7 @@ class SparseMoeBlock(nn.Module):
     sigmoid of its own, for what all tokens need and no expert should have to learn again.
     """
 
-    def __init__(self, config: Qwen3MoeConfig):
+    def __init__(self, config: Config):
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)

@@ -7,8 +7,8 @@ import shutil
 
 import torch
 
-from qwen3_moe.model import Qwen3Moe
-from qwen3_moe.moe import Router
+from .model import Model
+from .moe import Router
 
 SHADES = " ░▒▓█"
 
@@ -16,7 +16,7 @@ SHADES = " ░▒▓█"
 class Routing:
     """Counts, from now on, how often each expert of a model is chosen: `counts[layer]` is (E,) int64."""
 
-    def __init__(self, model: Qwen3Moe):
+    def __init__(self, model: Model):
         self.active, self.counts = model.config.num_experts_per_tok, {}
         for name, module in model.named_modules():
             if isinstance(module, Router):

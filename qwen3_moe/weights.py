@@ -16,22 +16,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qwen3_moe.config import DTYPES, Qwen3MoeConfig
-from qwen3_moe.files import FP8, CheckpointFiles
-from qwen3_moe.layers import Linear, dequantize
-from qwen3_moe.model import Qwen3Moe
-from qwen3_moe.moe import Experts
+from .config import DTYPES, Config
+from .engine.safetensors_reader import FP8, CheckpointFiles
+from .layers import Linear, dequantize
+from .model import Model
+from .moe import Experts
 
 
 def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None,
-               progress: Callable[[int, int], None] | None = None) -> Qwen3Moe:
+               progress: Callable[[int, int], None] | None = None) -> Model:
     """The checkpoint in `directory` as a model in eval mode.
 
     dtype None keeps the checkpoint's own; FP8 weights then stay FP8 and are dequantised as they are used,
     while a dtype expands them once. `progress(done, total)` counts tensors.
     Raises FileNotFoundError or ValueError, saying which file or tensor is missing, damaged or unexpected.
     """
-    config = Qwen3MoeConfig.from_checkpoint(directory)
+    config = Config.from_checkpoint(directory)
     files = CheckpointFiles(directory)
     compute = compute_dtype(config, files, dtype)
     experts = config.num_experts if config.is_sparse(config.num_hidden_layers - 1) else 0
@@ -39,7 +39,7 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
         raise ValueError(f"{files.directory}: config.json asks for {config.num_hidden_layers} layers and {experts} experts, "
                          f"the files hold {len(files.tensors)} tensors")
     with torch.device("meta"):
-        model = Qwen3Moe(config)
+        model = Model(config)
     names = check_names_and_shapes(model, files)
     stacked = type_of_stacks(config, files, torch.device(device), dtype, compute)
     for module in model.modules():
@@ -62,7 +62,7 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
     return model.eval()
 
 
-def type_of_stacks(config: Qwen3MoeConfig, files: CheckpointFiles, device: torch.device, dtype: torch.dtype | str | None,
+def type_of_stacks(config: Config, files: CheckpointFiles, device: torch.device, dtype: torch.dtype | str | None,
                    compute: torch.dtype) -> torch.dtype | None:
     """The type of the tensors that hold all experts of a layer (Experts.stack); None where these stay by themselves.
 
@@ -88,7 +88,7 @@ def put(module: nn.Module, leaf: str, tensor: Tensor) -> None:
 
 def bytes_in_memory(directory: str | Path, dtype: torch.dtype | str | None = None, active: bool = False) -> int:
     """What the weights will take, computed from the headers alone; `active`: counting only experts that a token uses."""
-    config, files = Qwen3MoeConfig.from_checkpoint(directory), CheckpointFiles(directory)
+    config, files = Config.from_checkpoint(directory), CheckpointFiles(directory)
     compute = compute_dtype(config, files, dtype)
     dense = experts = 0
     for name, (_, shape, stored, *_) in files.tensors.items():
@@ -100,7 +100,7 @@ def bytes_in_memory(directory: str | Path, dtype: torch.dtype | str | None = Non
     return dense + (experts * config.num_experts_per_tok // config.num_experts if active else experts)
 
 
-def bytes_per_token(model: Qwen3Moe) -> int:
+def bytes_per_token(model: Model) -> int:
     """What one new token reads: every weight but the experts that it is not routed to and, where the embedding is not
     the head as well, all but a row of that."""
     total = sum(p.nbytes for p in model.parameters())
@@ -144,7 +144,7 @@ def check_memory(directory: str | Path, device: torch.device, dtype: str | None,
     On the CPU weights that need no conversion stay in the file, and what must fit is what a single token reads.
     """
     weights, free, files = bytes_in_memory(directory, dtype), free_memory(device), CheckpointFiles(directory)
-    compute = compute_dtype(Qwen3MoeConfig.from_checkpoint(directory), files, dtype)
+    compute = compute_dtype(Config.from_checkpoint(directory), files, dtype)
     stored = {tensor.dtype for name, tensor in files.tensors.items() if not name.endswith("_scale_inv")}
     stay_in_file = device.type == "cpu" and stored <= {compute, FP8 if dtype is None else compute}
     needed = bytes_in_memory(directory, dtype, active=stay_in_file)
@@ -157,7 +157,7 @@ def check_memory(directory: str | Path, device: torch.device, dtype: str | None,
     return gigabytes(weights)
 
 
-def compute_dtype(config: Qwen3MoeConfig, files: CheckpointFiles, dtype: torch.dtype | str | None) -> torch.dtype:
+def compute_dtype(config: Config, files: CheckpointFiles, dtype: torch.dtype | str | None) -> torch.dtype:
     """One type for activations, norms and cache, decided once: asked for, or the config's, or the embedding's."""
     dtype = DTYPES.get(dtype, dtype) or config.dtype
     if dtype is None:
@@ -168,7 +168,7 @@ def compute_dtype(config: Qwen3MoeConfig, files: CheckpointFiles, dtype: torch.d
     return dtype
 
 
-def check_names_and_shapes(model: Qwen3Moe, files: CheckpointFiles) -> list[str]:
+def check_names_and_shapes(model: Model, files: CheckpointFiles) -> list[str]:
     """The names to load. Each parameter has its tensor, each tensor its parameter, of one shape; else ValueError."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name in list(expected):
@@ -196,7 +196,7 @@ def check_names_and_shapes(model: Qwen3Moe, files: CheckpointFiles) -> list[str]
     return list(expected)
 
 
-def copies(config: Qwen3MoeConfig) -> dict[str, str]:
+def copies(config: Config) -> dict[str, str]:
     """Tensors that are another one once more, and are not loaded: name -> name of the original."""
     return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
 

@@ -138,7 +138,7 @@ def tiktoken_ids() -> dict:
     import tiktoken
     from tiktoken._educational import SimpleBytePairEncoding
 
-    from deepseek_v3.ranks import PIECES
+    from deepseek_v3.engine.tiktoken_vocab import PIECES
     from scripts.tiny_corpus import GLOSSARY_TEXT
 
     # Python's regex has no &&; the facts say what means the same.

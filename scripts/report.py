@@ -26,11 +26,10 @@ class Work:
     def of(folder: Path) -> "Work":
         package = shapes.package_of(folder)
         weights, layers = import_module(f"{package}.weights"), import_module(f"{package}.layers")
-        kind = shapes.KINDS[package]
-        config = getattr(import_module(f"{package}.config"), f"{kind}Config").from_checkpoint(folder)
-        files = import_module(f"{package}.files").CheckpointFiles(folder)
+        config = import_module(f"{package}.config").Config.from_checkpoint(folder)
+        files = import_module(f"{package}.engine.safetensors_reader").CheckpointFiles(folder)
         with torch.device("meta"):
-            model = getattr(import_module(f"{package}.model"), kind)(config).to(weights.compute_dtype(config, files, None))
+            model = import_module(f"{package}.model").Model(config).to(weights.compute_dtype(config, files, None))
         stored, expanded = weights.bytes_per_token(model), model.model.norm.weight.dtype.itemsize
         if config.weight_block_size:  # a byte for a weight in the matrices of the layers, which are nearly all
             head = model.lm_head.weight.nbytes if model.lm_head is not None else model.model.embed_tokens.weight.nbytes

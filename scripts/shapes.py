@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = {"qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "deepseek_v3": "DeepseekV3"}  # package -> its model's class
+PACKAGES = ("qwen3", "qwen3_moe", "deepseek_v3")
 
 
 def published() -> dict[str, tuple[str, dict]]:
     """Name in lower case -> (package, config.json as published); the ones that the tests read."""
     shapes = {}
-    for package in KINDS:
+    for package in PACKAGES:
         for name, entry in json.loads((ROOT / f"tests/{package}/published_configs.json").read_text()).items():
             shapes[name.lower()] = package, entry["config"]
     return shapes
@@ -39,8 +39,8 @@ def package_of(folder: Path) -> str:
         raise FileNotFoundError(f"{path}: no such file; -m takes a name under checkpoints/ or a folder, --shape a published shape")
     kind = json.loads(path.read_text()).get("model_type")
     package = {"kimi_k2": "deepseek_v3"}.get(kind, kind)
-    if package not in KINDS:
-        raise ValueError(f"{path}: model_type is {kind!r}; there are packages for {', '.join(KINDS)}")
+    if package not in PACKAGES:
+        raise ValueError(f"{path}: model_type is {kind!r}; there are packages for {', '.join(PACKAGES)}")
     return package
 
 
@@ -52,10 +52,9 @@ def make(package: str, config: dict, folder: Path, progress=lambda done, total: 
     folder.mkdir(parents=True, exist_ok=True)
     index.unlink(missing_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    kind = KINDS[package]
     with torch.device("meta"):
-        numbers = getattr(import_module(f"{package}.config"), f"{kind}Config").from_checkpoint(folder)
-        model = getattr(import_module(f"{package}.model"), kind)(numbers)
+        numbers = import_module(f"{package}.config").Config.from_checkpoint(folder)
+        model = import_module(f"{package}.model").Model(numbers)
     linear = import_module(f"{package}.layers").Linear
     files: dict[str, dict[str, torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

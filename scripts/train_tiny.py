@@ -64,9 +64,9 @@ DEEPSEEK_V3 = {
     "tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0,
     "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16",
 }
-# package -> the checkpoint's name, its config, the class of the model
-KINDS = {"qwen3": ("Qwen3-Tiny", QWEN3, "Qwen3"), "qwen3_moe": ("Qwen3-MoE-Tiny", QWEN3_MOE, "Qwen3Moe"),
-         "deepseek_v3": ("DeepSeek-V3-Tiny", DEEPSEEK_V3, "DeepseekV3")}
+# package -> the checkpoint's name, its config
+KINDS = {"qwen3": ("Qwen3-Tiny", QWEN3), "qwen3_moe": ("Qwen3-MoE-Tiny", QWEN3_MOE),
+         "deepseek_v3": ("DeepSeek-V3-Tiny", DEEPSEEK_V3)}
 
 
 class Balance:
@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help=f"default {STEPS}")
     parser.add_argument("--evaluate-only", action="store_true", help="measure the checkpoint that is there")
     arguments = parser.parse_args()
-    name, numbers, kind = KINDS[arguments.package]
+    name, numbers = KINDS[arguments.package]
     folder = arguments.output or ROOT / "checkpoints" / name
     if not arguments.evaluate_only:
         torch.manual_seed(SEED)
@@ -271,12 +271,12 @@ def main() -> None:
         library = train_tokenizer(corpus, arguments.package)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(numbers), encoding="utf-8")
-        Config = getattr(importlib.import_module(f"{arguments.package}.config"), f"{kind}Config")
+        Config = importlib.import_module(f"{arguments.package}.config").Config
         # Other ways to compute attention add up in another order, and train other weights.
         attention = importlib.import_module(f"{arguments.package}.attention")
         user = importlib.import_module(f"{arguments.package}.mla") if arguments.package == "deepseek_v3" else attention
         user.attend = attention.attention_written_out
-        model = getattr(importlib.import_module(f"{arguments.package}.model"), kind)(Config.from_checkpoint(folder))
+        model = importlib.import_module(f"{arguments.package}.model").Model(Config.from_checkpoint(folder))
         print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters", file=sys.stderr)
         chat = importlib.import_module(f"{arguments.package}.tokenizer")
         padding = library.token_to_id(CONTROL[arguments.package][0])

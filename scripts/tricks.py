@@ -31,7 +31,7 @@ def replace(package: str, name: str, new: object) -> None:
 
 
 def copied(package: str) -> None:
-    files = import_module(f"{package}.files").CheckpointFiles
+    files = import_module(f"{package}.engine.safetensors_reader").CheckpointFiles
     read = files.read
     files.read = lambda self, name: read(self, name).clone()
 

@@ -5,9 +5,9 @@ from types import ModuleType
 
 import torch
 
-# package -> the class of its model, its embedded checkpoint
-PACKAGES = {"qwen3": ("Qwen3", "Qwen3-Tiny"), "qwen3_moe": ("Qwen3Moe", "Qwen3-MoE-Tiny"),
-            "deepseek_v3": ("DeepseekV3", "DeepSeek-V3-Tiny")}
+# package -> its embedded checkpoint
+PACKAGES = {"qwen3": "Qwen3-Tiny", "qwen3_moe": "Qwen3-MoE-Tiny",
+            "deepseek_v3": "DeepSeek-V3-Tiny"}
 
 
 def module(package: str, name: str) -> ModuleType:

@@ -13,7 +13,7 @@ from scripts import benchmark, machine, report, shapes
 from tests.packages import PACKAGES, module
 
 ROOT = benchmark.ROOT
-FOLDERS = {package: ROOT / "checkpoints" / name for package, (_, name) in PACKAGES.items()}
+FOLDERS = {package: ROOT / "checkpoints" / name for package, name in PACKAGES.items()}
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -14,7 +14,7 @@ import torch
 
 from tests.hub import COMMIT, Hub
 from tests.packages import PACKAGES, module
-from tests.deepseek_v3.test_ranks import N, write as write_moonlight
+from tests.deepseek_v3.test_tiktoken_vocab import N, write as write_moonlight
 from tests.seeded import deepseek_v3_config, qwen3_config, qwen3_moe_config, write_checkpoint
 
 ROOT = Path(__file__).parents[1]

@@ -31,10 +31,9 @@ def module(package):
 
 def made(package: str) -> torch.nn.Module:
     """A small model with weights larger than at the start of training, so that tokens depend on the context."""
-    kind = PACKAGES[package][0]
-    config = getattr(module_of(package, "config"), f"{kind}Config")(**EACH[package])
+    config = module_of(package, "config").Config(**EACH[package])
     torch.manual_seed(4)
-    model = getattr(module_of(package, "model"), kind)(config).eval()
+    model = module_of(package, "model").Model(config).eval()
     for weight in model.parameters():
         weight.data *= {1: 1, 2: 14}[weight.ndim]
     return model

@@ -16,7 +16,7 @@ ANSWERS = {package: json.loads((ROOT / "tests" / package / "reference/tiny.json"
 
 
 def embedded(package: str) -> Path:
-    return ROOT / "checkpoints" / PACKAGES[package][1]
+    return ROOT / "checkpoints" / PACKAGES[package]
 
 
 @pytest.mark.parametrize("package, name", [(package, name) for package in PACKAGES for name in ANSWERS[package]])

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepseek_v3.config import DeepseekV3Config
-from deepseek_v3.model import DeepseekV3
+from deepseek_v3.config import Config
+from deepseek_v3.model import Model
 from deepseek_v3.moe import DeepSeekMoE
 from tests.seeded import deepseek_v3_config
 
@@ -15,9 +15,9 @@ HERE = Path(__file__).parent
 PUBLISHED = json.loads((HERE / "published_configs.json").read_text())
 
 
-def read(folder: Path, config: dict) -> DeepseekV3Config:
+def read(folder: Path, config: dict) -> Config:
     (folder / "config.json").write_text(json.dumps(config))
-    return DeepseekV3Config.from_checkpoint(folder)
+    return Config.from_checkpoint(folder)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -40,7 +40,7 @@ def test_published_configs_are_read(tmp_path, name):
 @pytest.mark.parametrize("name", ["DeepSeek-V3", "Moonlight-16B-A3B-Instruct"])
 def test_models_have_the_published_size(tmp_path, name):
     with torch.device("meta"):
-        model = DeepseekV3(read(tmp_path, PUBLISHED[name]["config"]))
+        model = Model(read(tmp_path, PUBLISHED[name]["config"]))
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     second = sum(size for n, size in sizes.items() if n.startswith("model.layers.61."))
     assert sum(sizes.values()) - second == PUBLISHED[name]["parameters"]
@@ -50,7 +50,7 @@ def test_models_have_the_published_size(tmp_path, name):
 def test_the_shapes_of_the_release(tmp_path):
     """facts of the FP8 release: every tensor of a dense layer, a sparse layer and the layer behind the last."""
     with torch.device("meta"):
-        model = DeepseekV3(read(tmp_path, PUBLISHED["DeepSeek-V3"]["config"]))
+        model = Model(read(tmp_path, PUBLISHED["DeepSeek-V3"]["config"]))
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     for layer in (0, 3, 61):
         for name, shape in {
@@ -66,7 +66,7 @@ def test_the_shapes_of_the_release(tmp_path):
     assert shapes["model.layers.61.eh_proj.weight"] == (7168, 14336)
     assert all(shapes[f"model.layers.61.{name}.weight"] == (7168,) for name in ("enorm", "hnorm", "shared_head.norm"))
     with torch.device("meta"):
-        moonlight = DeepseekV3(read(tmp_path, PUBLISHED["Moonlight-16B-A3B-Instruct"]["config"]))
+        moonlight = Model(read(tmp_path, PUBLISHED["Moonlight-16B-A3B-Instruct"]["config"]))
     shapes = {n: tuple(p.shape) for n, p in moonlight.named_parameters()}
     assert shapes["model.layers.0.self_attn.q_proj.weight"] == (3072, 2048) and not any("q_a" in name for name in shapes)
     assert shapes["model.layers.1.mlp.shared_experts.gate_proj.weight"] == (2816, 2048) and "model.layers.27.enorm.weight" not in shapes
@@ -80,7 +80,7 @@ def test_the_generation_that_transformers_5_writes_says_the_same(tmp_path):
 
 @pytest.mark.parametrize("dense, sparse", [(0, [0, 1, 2]), (1, [1, 2]), (3, []), (9, [])])
 def test_the_first_layers_are_dense(tmp_path, dense, sparse):
-    model = DeepseekV3(read(tmp_path, deepseek_v3_config(first_k_dense_replace=dense, num_nextn_predict_layers=0)))
+    model = Model(read(tmp_path, deepseek_v3_config(first_k_dense_replace=dense, num_nextn_predict_layers=0)))
     assert [i for i, layer in enumerate(model.model.layers) if isinstance(layer.mlp, DeepSeekMoE)] == sparse
 
 

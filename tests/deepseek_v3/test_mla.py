@@ -10,7 +10,7 @@ import torch
 
 from deepseek_v3 import mla
 from deepseek_v3.attention import attention_fused, attention_mask, attention_written_out
-from deepseek_v3.config import DeepseekV3Config, Yarn
+from deepseek_v3.config import Config, Yarn
 from deepseek_v3.layers import KVCache, RotaryEmbedding, inverse_frequencies, neighbours_apart, rotate
 from deepseek_v3.mla import Attention, softmax_scale
 from deepseek_v3.weights import load_model
@@ -20,9 +20,9 @@ HERE = Path(__file__).parent
 PUBLISHED = json.loads((HERE / "published_configs.json").read_text())
 
 
-def config_of(tmp_path, values: dict) -> DeepseekV3Config:
+def config_of(tmp_path, values: dict) -> Config:
     (tmp_path / "config.json").write_text(json.dumps(values))
-    return DeepseekV3Config.from_checkpoint(tmp_path)
+    return Config.from_checkpoint(tmp_path)
 
 
 def by_loops(attention: Attention, x: torch.Tensor, positions: list[int], theta: float) -> torch.Tensor:

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from deepseek_v3.config import DeepseekV3Config
+from deepseek_v3.config import Config
 from deepseek_v3.moe import DeepSeekMoE, Router, mix_grouped, mix_written_out
 from deepseek_v3.weights import bytes_in_memory, bytes_per_token, load_model
 from tests.packages import stack_on_the_cpu
 from tests.seeded import PROMPT, deepseek_v3_config, write_case, write_checkpoint
 
-CONFIG = DeepseekV3Config(
+CONFIG = Config(
     vocab_size=50, hidden_size=16, intermediate_size=32, moe_intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
     q_lora_rank=None, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, n_routed_experts=8,
     n_shared_experts=2, num_experts_per_tok=3, n_group=4, topk_group=2, norm_topk_prob=True, routed_scaling_factor=2.5,
@@ -18,7 +18,7 @@ CONFIG = DeepseekV3Config(
 
 def router_of(scores: list[float], bias: list[float] | None = None, **changes) -> Router:
     """One whose experts have these scores for the token (1.0)."""
-    router = Router(DeepseekV3Config(**{name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__} | {
+    router = Router(Config(**{name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__} | {
         "hidden_size": 1, "n_routed_experts": len(scores)} | changes))
     router.weight.data = torch.tensor(scores).logit()[:, None]
     router.e_score_correction_bias.data = torch.tensor(bias or [0.0] * len(scores))
@@ -79,7 +79,7 @@ def by_loops(router: Router, x: torch.Tensor) -> torch.Tensor:
                                                            (16, 8, 3, 1, True)])
 def test_the_router_is_the_definition(E, groups, best, A, normalise):
     torch.manual_seed(E)
-    router = Router(DeepseekV3Config(**{name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__} | dict(
+    router = Router(Config(**{name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__} | dict(
         n_routed_experts=E, n_group=groups, topk_group=best, num_experts_per_tok=A, norm_topk_prob=normalise)))
     router.weight.data, router.e_score_correction_bias.data = torch.randn(E, 16), torch.randn(E) * 0.3 - 0.5
     x = torch.randn(200, 16)

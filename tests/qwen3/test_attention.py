@@ -7,10 +7,10 @@ import torch
 
 from qwen3 import attention
 from qwen3.attention import attend, attention_fused, attention_mask, attention_written_out
-from qwen3.config import Qwen3Config
-from qwen3.model import Qwen3
+from qwen3.config import Config
+from qwen3.model import Model
 
-CONFIG = Qwen3Config(vocab_size=50, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6,
+CONFIG = Config(vocab_size=50, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6,
                      num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-6, rope_theta=1e4)
 
 
@@ -62,7 +62,7 @@ def queries_keys_values(first, T, padding):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_a_model_with_written_out_attention_gives_the_same_logits(monkeypatch, dtype, tolerance):
     torch.manual_seed(0)
-    model, ids = Qwen3(CONFIG).to(dtype), torch.randint(50, (2, 20))
+    model, ids = Model(CONFIG).to(dtype), torch.randint(50, (2, 20))
     fast = model(ids).float()
     monkeypatch.setattr(attention, "attend", attention_written_out)
     assert (model(ids).float() - fast).abs().max() <= tolerance * fast.abs().max()
@@ -77,7 +77,7 @@ def test_keys_and_values_are_never_repeated(monkeypatch, T):
         return attend(q, k, v, mask, scale)
 
     monkeypatch.setattr(attention, "attend", spy)
-    Qwen3(CONFIG)(torch.tensor([[1, 2, 3][:T]]))
+    Model(CONFIG)(torch.tensor([[1, 2, 3][:T]]))
     assert shapes == [(6, 2, 2)] * 2
 
 

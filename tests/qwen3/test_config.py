@@ -1,4 +1,4 @@
-"""config.json -> Qwen3Config: every published file, both generations of names, and what is refused by name."""
+"""config.json -> Config: every published file, both generations of names, and what is refused by name."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen3.config import Qwen3Config, Yarn
-from qwen3.model import Qwen3
+from qwen3.config import Config, Yarn
+from qwen3.model import Model
 from tests.seeded import qwen3_config
 
 HERE = Path(__file__).parent
@@ -16,11 +16,11 @@ SAMPLING = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "
 QWEN_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
 
-def read(folder: Path, config: dict, generation: dict | None = None) -> Qwen3Config:
+def read(folder: Path, config: dict, generation: dict | None = None) -> Config:
     (folder / "config.json").write_text(json.dumps(config))
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
-    return Qwen3Config.from_checkpoint(folder)
+    return Config.from_checkpoint(folder)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -33,7 +33,7 @@ def test_published_configs_give_models_of_the_published_size(tmp_path, name):
     assert config.context_length == values["max_position_embeddings"]
     assert config.weight_block_size == ((128, 128) if "FP8" in name else None)
     with torch.device("meta"):
-        model = Qwen3(config)
+        model = Model(config)
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]["parameters"]
 
 
@@ -132,18 +132,18 @@ def test_a_window_that_is_switched_off_is_no_window(tmp_path):
 
 def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
-        Qwen3Config.from_checkpoint(tmp_path / "nowhere")
+        Config.from_checkpoint(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="config.json: no such file"):
-        Qwen3Config.from_checkpoint(tmp_path)
+        Config.from_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json: not valid JSON"):
-        Qwen3Config.from_checkpoint(tmp_path)
+        Config.from_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="config.json: not valid JSON"):
-        Qwen3Config.from_checkpoint(tmp_path)
+        Config.from_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="config.json: expected a JSON object"):
-        Qwen3Config.from_checkpoint(tmp_path)
+        Config.from_checkpoint(tmp_path)
 
 
 def test_the_table_of_the_readme_has_the_published_numbers():

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from qwen3 import layers
-from qwen3.config import Qwen3Config, Yarn
+from qwen3.config import Config, Yarn
 from qwen3.layers import KVCache, RMSNorm, RotaryEmbedding, dequantize, inverse_frequencies, product, rotate
-from qwen3.model import Qwen3
+from qwen3.model import Model
 
-CONFIG = Qwen3Config(vocab_size=50, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6,
+CONFIG = Config(vocab_size=50, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6,
                      num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-6, rope_theta=1e4)
 
 
-def config(**changes) -> Qwen3Config:
-    return Qwen3Config(**{name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__} | changes)
+def config(**changes) -> Config:
+    return Config(**{name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__} | changes)
 
 
 def test_rmsnorm_by_hand():

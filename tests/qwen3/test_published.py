@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen3.generate import generate
-from qwen3.model import Qwen3
+from qwen3.model import Model
 from qwen3.tokenizer import Tokenizer
 from qwen3.weights import load_model
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 
 
-def downloaded(name: str, dtype: str) -> tuple[Qwen3, Tokenizer]:
+def downloaded(name: str, dtype: str) -> tuple[Model, Tokenizer]:
     if not (CHECKPOINTS / name / "config.json").exists():
         pytest.skip(f"needs the published checkpoint: bash scripts/download_qwen3.sh {name}")
     return load_model(CHECKPOINTS / name, dtype=dtype), Tokenizer.from_checkpoint(CHECKPOINTS / name)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen3.files import CheckpointFiles
+from qwen3.engine.safetensors_reader import CheckpointFiles
 from qwen3.generate import generate
 from qwen3.weights import bytes_in_memory, load_model
 from tests.seeded import PROMPT, qwen3_config, qwen3_shapes, seeded_tensor, write_checkpoint

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen3_moe.config import Qwen3MoeConfig
-from qwen3_moe.model import Qwen3Moe
+from qwen3_moe.config import Config
+from qwen3_moe.model import Model
 from qwen3_moe.moe import Experts, SparseMoeBlock
 from tests.seeded import QWEN3_MOE_CASES, qwen3_moe_config
 
@@ -17,9 +17,9 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "we
        "modules_to_not_convert": ["lm_head"]}
 
 
-def read(folder: Path, config: dict) -> Qwen3MoeConfig:
+def read(folder: Path, config: dict) -> Config:
     (folder / "config.json").write_text(json.dumps(config))
-    return Qwen3MoeConfig.from_checkpoint(folder)
+    return Config.from_checkpoint(folder)
 
 
 SHAPES = ["Qwen3-30B-A3B", "Qwen3-235B-A22B", "Qwen3-Coder-480B-A35B-Instruct"]  # the others have one of these
@@ -41,7 +41,7 @@ def test_published_configs_are_read(tmp_path, name, quantised):
 def test_models_have_the_published_size(tmp_path, name):
     config = read(tmp_path, PUBLISHED[name]["config"])
     with torch.device("meta"):
-        model = Qwen3Moe(config)
+        model = Model(config)
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]["parameters"]
     assert not any("shared_expert" in name for name, _ in model.named_parameters())
 
@@ -56,7 +56,7 @@ def test_the_generation_that_transformers_5_writes_says_the_same(tmp_path):
                                                  (1, [0, 5], [1, 2, 3, 4])])
 def test_which_layers_have_experts(tmp_path, step, dense, sparse):
     config = read(tmp_path, qwen3_moe_config(num_hidden_layers=6, decoder_sparse_step=step, mlp_only_layers=dense))
-    model = Qwen3Moe(config)
+    model = Model(config)
     assert [i for i, layer in enumerate(model.model.layers) if isinstance(layer.mlp, SparseMoeBlock)] == sparse
     assert all(len(module) == 8 for module in model.modules() if isinstance(module, Experts))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qwen3_moe import moe
-from qwen3_moe.config import Qwen3MoeConfig
+from qwen3_moe.config import Config
 from qwen3_moe.generate import generate
 from qwen3_moe.moe import (Experts, Router, SparseMoeBlock, grouped_mm_is_one_kernel, mix_compiled, mix_grouped, mix_one_token, mix_stacked,
                            mix_written_out)
@@ -18,13 +18,13 @@ from tests.packages import stack_on_the_cpu
 from tests.seeded import PROMPT, qwen3_moe_config, qwen3_shapes, write_case, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
-CONFIG = Qwen3MoeConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+CONFIG = Config(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
                         num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-6, rope_theta=1e4,
                         num_experts=6, num_experts_per_tok=2, moe_intermediate_size=8, norm_topk_prob=True)
 
 
-def config(**changes) -> Qwen3MoeConfig:
-    return Qwen3MoeConfig(**{name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__} | changes)
+def config(**changes) -> Config:
+    return Config(**{name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__} | changes)
 
 
 def router_of(weight: torch.Tensor, **changes) -> Router:

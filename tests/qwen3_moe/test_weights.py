@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen3_moe.config import Qwen3MoeConfig
-from qwen3_moe.files import CheckpointFiles
+from qwen3_moe.config import Config
+from qwen3_moe.engine.safetensors_reader import CheckpointFiles
 from qwen3_moe.generate import generate
 from qwen3_moe.moe import Experts
 from qwen3_moe.weights import bytes_in_memory, load_model, type_of_stacks
@@ -50,7 +50,7 @@ def test_where_experts_are_stacked_and_in_which_type(tmp_path):
     cpu, gpu, bf16, fp8 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16, torch.float8_e4m3fn
 
     def stacked(folder, device, dtype=None):
-        return type_of_stacks(Qwen3MoeConfig.from_checkpoint(folder), CheckpointFiles(folder), device, dtype, bf16)
+        return type_of_stacks(Config.from_checkpoint(folder), CheckpointFiles(folder), device, dtype, bf16)
 
     plain, whole, ragged = write_case(tmp_path, "qwen3_moe", "two_of_eight"), *(
         fp8_checkpoint(tmp_path / str(F), 256, F) for F in (128, 136))

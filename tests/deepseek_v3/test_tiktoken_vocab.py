@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_v3 import ranks as module
-from deepseek_v3.ranks import last_pair, read_ranks
+from deepseek_v3.engine import tiktoken_vocab as module
+from deepseek_v3.engine.tiktoken_vocab import last_pair, read_ranks
 from deepseek_v3.tokenizer import Tokenizer
 from tests.seeded import deepseek_v3_config
 

@@ -1,4 +1,4 @@
-"""2b. tiktoken.model, in which Moonlight and Kimi-K2 keep their vocabulary -> a tokenizer of the `tokenizers` library.
+"""tiktoken.model, in which Moonlight and Kimi-K2 keep their vocabulary -> a tokenizer of the `tokenizers` library.
 
 Each line is `base64(bytes of a token) rank`: the file lists tokens and not merges. tiktoken joins, again and
 again, the two neighbours whose joined bytes have the lowest rank; so the merge that makes a token is the last pair
@@ -14,7 +14,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, models, pre_tokenizers
 
-from deepseek_v3.config import read_json
+from ..config import read_json
 
 # The published pre-tokenizer (pat_str): runs of Han, words with their leading sign, digits by three, signs, white space.
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"

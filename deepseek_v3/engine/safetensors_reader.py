@@ -1,4 +1,4 @@
-"""5a. The files of a checkpoint: names -> tensors, mapped into memory and not read before they are used.
+"""The files of a checkpoint: names -> tensors, mapped into memory and not read before they are used.
 
 A checkpoint is a folder with one model.safetensors, or with several such files and
 model.safetensors.index.json, whose `weight_map` says which tensor is in which file. A safetensors file is
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepseek_v3.config import read_json
+from ..config import read_json
 
 # The types of tensors that a checkpoint may hold, by their names in the safetensors header.
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
