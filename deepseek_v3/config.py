@@ -4,7 +4,7 @@ New against Qwen3-MoE: the ranks of compressed keys, values and queries, heads o
 that every token uses, and a layer that predicts a second token. The architecture is that of DeepSeek-V3, V3.1, R1 (671B),
 Moonlight (16B) and Kimi-K2 (1T); what changes the result is read here and used, or refused by name.
 
-Two generations of files are about: the published one with `rope_theta`, `rope_scaling` and `torch_dtype`, and that of
+`config.json` comes in two formats: the published one with `rope_theta`, `rope_scaling` and `torch_dtype`, and that of
 transformers 5 with `rope_parameters` (both of the former in one) and `dtype`.
 
 Papers: DeepSeek-V3 (arXiv:2412.19437, section 4.2), YaRN (arXiv:2309.00071).
@@ -16,17 +16,13 @@ from pathlib import Path
 
 import torch
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+from .engine.fields import DTYPES, Fields, read_json, short
+from .engine.supported import check_every, read_supported
 
-# A folder of another family: what it is, and where to go.
-OTHER_MODELS = {
-    "deepseek_v2": "a DeepSeek-V2 model, whose router is a softmax; this project has no package for it",
-    "deepseek_v32": "a DeepSeek-V3.2 model, whose attention is sparse; this project has no package for it",
-    "qwen2": "a Qwen2 model, as many of DeepSeek-R1-Distill are; this project has no package for it",
-    "llama": "a Llama model, as two of DeepSeek-R1-Distill are; this project has no package for it",
-    "qwen3": "a dense Qwen3 model; run it with `python -m qwen3.main`",
-    "qwen3_moe": "a Qwen3-MoE model; run it with `python -m qwen3_moe.main`",
-}
+__all__ = ["DTYPES", "Config", "Yarn", "read_json"]
+
+# What GLM-4.7-Flash means where its file does not say it: the values of its class in transformers.
+GLM_DEFAULTS = {"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "rms_norm_eps": 1e-5}
 
 
 @dataclass(frozen=True)
@@ -41,6 +37,7 @@ class Yarn:
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
+    attn_factor: float = 1.0  # multiplies whatever the factor on cos and sin is
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class Config:
     norm_topk_prob: bool  # the weights of the chosen experts are made to add up to 1,
     routed_scaling_factor: float  # and are then multiplied by this
     first_k_dense_replace: int  # the first layers have no experts
-    num_nextn_predict_layers: int  # layers behind the last that predict the token after the next: 0 or 1
+    num_nextn_predict_layers: int  # layers after the last that predict the token after the next; 1 can be used
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
@@ -74,11 +71,17 @@ class Config:
     rope_scaling: Yarn | None = None
     tie_word_embeddings: bool = False
     dtype: torch.dtype | None = None  # None: the file does not say, and the tensors decide
-    weight_block_size: tuple[int, int] | None = None  # FP8 checkpoints: rows x columns that share a scale
+    quantization: str | None = None  # "fp8": weights are stored in eight bits, with scales
+    weight_block_size: tuple[int, int] | None = None  # rows x columns that share a scale, where the file says it
     eos_token_id: tuple[int, ...] = ()  # all that end an answer
     temperature: float = 0.0  # 0: always the likeliest token
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    no_drafts: str = ""  # why the layer that predicts a second token cannot be used, where the files have one
+    notes: tuple[str, ...] = ()  # what is passed over or done otherwise, for standard error
 
     @property
     def context_length(self) -> int:
@@ -104,123 +107,75 @@ class Config:
         Raises FileNotFoundError without a folder or config.json, ValueError naming file and field for what
         this package would compute wrongly.
         """
-        directory = Path(directory)
-        if not directory.is_dir():
-            raise FileNotFoundError(f"{directory}: no such folder")
-        path = directory / "config.json"
-        fields = Fields(path, read_json(path))
-        refuse_what_is_not_computed(fields)
+        fields, generation, quantization = read_supported(directory, "deepseek_v3")
+        check_attention(fields)
         rope_theta, yarn = read_rope(fields)
-
-        path = directory / "generation_config.json"
-        generation = Fields(path, read_json(path) if path.exists() else {})
-        vocab_size = fields.whole("vocab_size")
-        stop_ids = read_stop_ids(generation, vocab_size)
+        vocab_size = fields.integer("vocab_size")
+        stop_ids = generation.token_ids("eos_token_id", vocab_size)
         if stop_ids is None:
-            stop_ids = read_stop_ids(fields, vocab_size)
+            stop_ids = fields.token_ids("eos_token_id", vocab_size)
 
         config = cls(
-            **{name: fields.whole(name) for name in (
+            **{name: fields.integer(name) for name in (
                 "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
                 "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
                 "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group", "max_position_embeddings")},
-            q_lora_rank=None if fields.get("q_lora_rank") is None else fields.whole("q_lora_rank"),
-            n_routed_experts=fields.whole("n_routed_experts", fields.get("num_local_experts")),
-            norm_topk_prob=fields.flag("norm_topk_prob"),
+            q_lora_rank=None if fields.get("q_lora_rank") is None else fields.integer("q_lora_rank"),
+            n_routed_experts=fields.integer("n_routed_experts", fields.get("num_local_experts")),
+            norm_topk_prob=fields.boolean("norm_topk_prob"),
             routed_scaling_factor=fields.number("routed_scaling_factor"),
-            first_k_dense_replace=fields.whole("first_k_dense_replace", zero=True),
-            num_nextn_predict_layers=fields.whole("num_nextn_predict_layers", fields.get("num_mtp_layers", 0), zero=True),
-            rope_interleave=fields.flag("rope_interleave", True),
+            first_k_dense_replace=read_dense_layers(fields),
+            num_nextn_predict_layers=fields.integer("num_nextn_predict_layers", fields.get("num_mtp_layers", 0), zero=True),
+            rope_interleave=fields.boolean("rope_interleave", True),
             rms_norm_eps=fields.number("rms_norm_eps"),
             rope_theta=rope_theta, rope_scaling=yarn,
-            tie_word_embeddings=fields.flag("tie_word_embeddings", False),
-            dtype=read_dtype(fields),
-            weight_block_size=read_quantization(fields),
+            tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+            dtype=fields.dtype(),
             eos_token_id=stop_ids or (),
+            **quantization,
             **read_sampling(generation),
+            notes=tuple(dict.fromkeys(fields.notes + generation.notes)),
         )
         refuse_impossible_numbers(fields, config)
         return config
 
 
-class Fields:
-    """The fields of one JSON file; its errors name the file and the field."""
-
-    def __init__(self, path: Path, values: dict):
-        self.path, self.values = path, values
-
-    def get(self, name: str, default=None):
-        value = self.values.get(name)
-        return default if value is None else value
-
-    def required(self, name: str, default=None):
-        value = self.get(name, default)
-        if value is None:
-            raise ValueError(f"{self.path}: the field {name} is missing")
-        return value
-
-    def number(self, name: str, default: float | None = None, zero: bool = False) -> float:
-        value = self.required(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 2**31 or not (value or zero):
-            raise ValueError(f"{self.path}: {name} is {value!r}, expected a positive number")
-        return float(value)
-
-    def whole(self, name: str, default: int | None = None, zero: bool = False) -> int:
-        value = self.number(name, default, zero)
-        if value != int(value):
-            raise ValueError(f"{self.path}: {name} is {value!r}, expected a whole number")
-        return int(value)
-
-    def object(self, name: str) -> "Fields":
-        value = self.get(name, {})
-        if not isinstance(value, dict):
-            self.refuse(name, "expected an object")
-        return Fields(self.path, value)
-
-    def flag(self, name: str, default: bool | None = None) -> bool:
-        value = self.required(name, default)
-        if not isinstance(value, bool):
-            raise ValueError(f"{self.path}: {name} is {value!r}, expected true or false")
-        return value
-
-    def refuse(self, name: str, why: str):
-        raise ValueError(f"{self.path}: {name} is {self.values.get(name)!r}: {why}")
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; FileNotFoundError or ValueError naming the file otherwise."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a checkpoint's folder has one")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return values
-
-
-def refuse_what_is_not_computed(fields: Fields) -> None:
-    model_type = fields.get("model_type")
-    if model_type not in ("deepseek_v3", "kimi_k2"):
-        what = OTHER_MODELS.get(str(model_type))
-        fields.refuse("model_type", f"this folder holds {what}" if what else "only 'deepseek_v3' and 'kimi_k2' run here")
-    for name, known in (("hidden_act", "silu"), ("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"),
-                        ("moe_layer_freq", 1), ("attention_bias", False), ("head_dim", fields.get("qk_rope_head_dim")),
-                        ("num_key_value_heads", fields.get("num_attention_heads")),
+def check_attention(fields: Fields) -> None:
+    """ValueError for what this package's attention and experts would compute wrongly."""
+    if fields.get("model_type") == "glm4_moe_lite":
+        fields.values = GLM_DEFAULTS | {name: value for name, value in fields.values.items() if value is not None}
+    for name, known in (("hidden_act", "silu"), ("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("attention_bias", False),
+                        ("head_dim", fields.get("qk_rope_head_dim")), ("num_key_value_heads", fields.get("num_attention_heads")),
                         ("num_local_experts", fields.get("n_routed_experts", fields.get("num_local_experts")))):
         if fields.get(name, known) != known:
             fields.refuse(name, f"only {json.dumps(known)} is known here")
+    if fields.get("sliding_window") is not None and fields.boolean("use_sliding_window", True):
+        fields.refuse("sliding_window", "sliding-window attention is not supported")
+    layers = fields.integer("num_hidden_layers")
+    if fields.get("layer_types") is not None:
+        check_every(fields, "layer_types", layers, "full_attention", "only 'full_attention' is known")
+
+
+def read_dense_layers(fields: Fields) -> int:
+    """How many layers at the beginning have no experts, in any of three spellings."""
+    layers, dense = fields.integer("num_hidden_layers"), fields.get("first_k_dense_replace")
+    for name, sparse in (("mlp_layer_types", "sparse"), ("moe_layer_freq", 1)):
+        given = fields.get(name)
+        if isinstance(given, list):
+            first = next((layer for layer, kind in enumerate(given) if kind == sparse), len(given))
+            dense = first if dense is None else dense
+            check_every(Fields(fields.path, {name: given[first:]}), name, layers - first, sparse, f"only {sparse!r} is known after the dense layers")
+            if dense != first:
+                fields.refuse(name, f"first_k_dense_replace says that {short(dense)} layers are dense, this list {first}")
+        elif given is not None and (name, given) != ("moe_layer_freq", 1):
+            fields.refuse(name, f"only {json.dumps(sparse)} is known here")
+    return fields.integer("first_k_dense_replace", 1 if dense is None and fields.get("model_type") == "glm4_moe_lite" else dense, zero=True)
 
 
 def refuse_impossible_numbers(fields: Fields, config: Config) -> None:
     E, groups, left = config.n_routed_experts, config.n_group, config.n_routed_experts // config.n_group * config.topk_group
     if config.qk_rope_head_dim % 2:
         fields.refuse("qk_rope_head_dim", "expected an even number, for RoPE turns pairs")
-    if config.num_nextn_predict_layers > 1:
-        fields.refuse("num_nextn_predict_layers", "only 0 and 1 are known")
     if E % groups or (groups > 1 and E < 2 * groups):
         fields.refuse("n_group", f"the {E} experts do not make groups of one size with two experts or more")
     if config.topk_group > groups:
@@ -230,71 +185,64 @@ def refuse_impossible_numbers(fields: Fields, config: Config) -> None:
 
 
 def read_rope(fields: Fields) -> tuple[float, Yarn | None]:
-    """(rope_theta, YaRN's numbers or None), from either generation of names."""
-    if fields.get("rope_parameters") and fields.get("rope_scaling"):
-        fields.refuse("rope_scaling", "rope_parameters is there too; put all of it into that")
-    name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
+    """(rope_theta, YaRN's numbers or None), from either generation of names; from both where they agree."""
+    names = [name for name in ("rope_parameters", "rope_scaling") if fields.get(name)]
+    given = [read_rope_object(fields, name) for name in names or ["rope_scaling"]]
+    if given[0] != given[-1]:
+        fields.refuse("rope_scaling", "rope_parameters is there too and says something else; put all of it into that")
+    return given[0]
+
+
+def read_rope_object(fields: Fields, name: str) -> tuple[float, Yarn | None]:
     rope = fields.object(name)
-    theta = Fields(fields.path, fields.values | rope.values).number("rope_theta")
+    inside = fields.object("rope_parameters").get("rope_theta", fields.get("rope_theta"))
+    theta = rope.number("rope_theta", inside)
     if theta <= 1:
-        fields.refuse("rope_theta", "expected more than 1")
+        raise ValueError(f"{fields.path}: rope_theta is {theta}: expected more than 1")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "yarn":
-        fields.refuse(name, f"rope type {kind!r} is not known, only 'default' and 'yarn' are")
-    known = set(Yarn.__dataclass_fields__) | {"rope_type", "type", "rope_theta"}
-    if unknown := sorted(set(rope.values) - known):
-        fields.refuse(name, f"{unknown[0]!r} is not a field of YaRN that this package knows")
+        fields.refuse(name, f"rope type {short(kind)} is not known, only 'default' and 'yarn' are")
+    harmless = {"rope_type", "type", "rope_theta", "finetuned", "max_position_embeddings"}
+    for key in sorted(rope.values):
+        if key in ("partial_rotary_factor", "extrapolation_factor") and rope.get(key, 1) == 1:
+            continue
+        if key not in Yarn.__dataclass_fields__ and key not in harmless:
+            fields.refuse(name, f"{key!r} is not a field of YaRN that this package knows")
+    if fields.get("partial_rotary_factor", 1) != 1:
+        fields.refuse("partial_rotary_factor", "only 1.0 is known beside YaRN")
     if rope.get("factor") is None:
         raise ValueError(f"{fields.path}: {name} has type 'yarn' but no factor")
+    if rope.get("attn_factor", 1) != 1 and rope.get("attention_factor") is not None:
+        fields.refuse(name, "attn_factor and attention_factor are both there; leave out one")
     numbers = {key: rope.number(key, zero=key.startswith("mscale")) for key in Yarn.__dataclass_fields__
                if key != "truncate" and rope.get(key) is not None}
     name = "original_max_position_embeddings"  # outside the object it goes before the one within, as in transformers 5
-    numbers[name] = (rope if fields.get(name) is None else fields).whole(name, fields.whole("max_position_embeddings"))
-    return theta, Yarn(**numbers, truncate=rope.flag("truncate", True))
+    numbers[name] = (rope if fields.get(name) is None else fields).integer(name, fields.integer("max_position_embeddings"))
+    return theta, Yarn(**numbers, truncate=rope.boolean("truncate", True))
 
 
-def read_dtype(fields: Fields) -> torch.dtype | None:
-    name = "dtype" if fields.get("dtype") else "torch_dtype"
-    value = fields.get(name)
-    if value is not None and str(value) not in DTYPES:
-        fields.refuse(name, f"expected one of {', '.join(DTYPES)}")
-    return DTYPES.get(value)
+def read_sampling(generation: Fields) -> dict[str, float]:
+    """The defaults of generation_config.json. do_sample false is how a Base checkpoint asks for greedy decoding.
 
-
-def read_stop_ids(fields: Fields, vocab_size: int) -> tuple[int, ...] | None:
-    """`eos_token_id`, one or a list of them; None where the file does not say."""
-    value = fields.get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(id) is int and 0 <= id < vocab_size for id in ids):
-        fields.refuse("eos_token_id", f"expected token ids below {vocab_size}")
-    return None if value is None else tuple(ids)
-
-
-def read_sampling(fields: Fields) -> dict[str, float]:
-    """The defaults of generation_config.json. do_sample false is how a Base checkpoint asks for greedy decoding."""
-    if not fields.flag("do_sample", False):
-        return {}
-    sampling = {"temperature": fields.number("temperature", 1.0, zero=True)}
-    if fields.get("top_k") is not None:
-        sampling["top_k"] = fields.whole("top_k", zero=True)
-    if fields.get("top_p") is not None:
-        sampling["top_p"] = fields.number("top_p")
-        if sampling["top_p"] > 1:
-            fields.refuse("top_p", "expected at most 1")
+    The penalties count in greedy decoding too. What changes nothing (a penalty of 1.0, a top_k of -1) stays None.
+    """
+    sampling: dict[str, float] = {}
+    if generation.get("repetition_penalty", 1) != 1:
+        sampling["repetition_penalty"] = generation.number("repetition_penalty")
+    if generation.get("presence_penalty", 0) != 0:
+        sampling["presence_penalty"] = generation.signed("presence_penalty", 2)
+    if not generation.boolean("do_sample", False):
+        return sampling
+    sampling["temperature"] = generation.number("temperature", 1.0, zero=True)
+    if generation.get("top_k") not in (None, -1):
+        sampling["top_k"] = generation.integer("top_k", zero=True)
+    for name in ("top_p", "min_p"):
+        if generation.get(name) is not None:
+            value = generation.number(name, zero=name == "min_p")
+            if value > 1:
+                generation.refuse(name, "expected at most 1")
+            if (name, value) != ("min_p", 0):
+                sampling[name] = value
     return sampling
-
-
-def read_quantization(fields: Fields) -> tuple[int, int] | None:
-    """The block that shares one scale, (rows, columns), or None where the weights are not quantised."""
-    if fields.get("quantization_config") is None:
-        return None
-    quantization = fields.object("quantization_config")
-    known = {"quant_method": ("fp8",), "fmt": (None, "e4m3"), "activation_scheme": (None, "dynamic"),
-             "weight_block_size": ([128, 128],)}
-    for name, values in known.items():
-        if quantization.get(name) not in values:
-            fields.refuse("quantization_config", f"{name} {quantization.get(name)!r} is not known; "
-                          "only FP8 (e4m3) weights in blocks of 128 x 128 are")
-    return tuple(quantization.values["weight_block_size"])

@@ -93,7 +93,8 @@ def generate(model: Model, prompt_ids: list[int], *, max_new_tokens: int, temper
         if compiled:
             raise ValueError("drafting is not compiled; leave out --compile or --speculative")
         if not model.config.num_nextn_predict_layers:
-            raise ValueError("this checkpoint has no layer that predicts a second token; leave out --speculative")
+            why = model.config.no_drafts
+            raise ValueError(f"this checkpoint has no layer that predicts a second token{f' to be used: {why}' if why else ''}; leave out --speculative")
         chances = partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p)
         return speculate(model, prompt_ids, max_new_tokens, chances, generator, stop_ids, cache, acceptance or Acceptance(),
                          PREFILL_CHUNK, progress)

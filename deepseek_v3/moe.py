@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Config
-from .layers import MLP, dequantize, new_weight, product, product_of_one_row
+from .engine.quantized import dequantize
+from .layers import MLP, new_weight, product, product_of_one_row
 
 # grouped_mm(rows, matrices, offs): the first offs[0] rows times matrix 0, those up to offs[1] times matrix 1, …
 grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # torch 2.9 has it under the second name only

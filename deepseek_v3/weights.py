@@ -10,17 +10,22 @@ New against Qwen3-MoE: the router's bias stays float32, and the layer that predi
 as in checkpoints that were converted; its embedding and head are the model's own once more and are not loaded.
 """
 
-import dataclasses
 import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .config import DTYPES, Config
-from .engine.safetensors_reader import FP8, CheckpointFiles
-from .layers import Linear, dequantize
+from .engine.fields import plain
+from .engine.memory import find_device, free_memory, gigabytes
+from .engine.quantized import FP8, block_of, dequantize, grid_of, swap_in_fp8
+from .engine.safetensors_reader import CheckpointFiles, is_copy
+from .engine.supported import check_tensor_names
+from .layers import Linear
 from .model import Model, MTPLayer
 from .moe import Experts
 
@@ -32,33 +37,31 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
     """The checkpoint in `directory` as a model in eval mode.
 
     dtype None keeps the checkpoint's own; FP8 weights then stay FP8 and are dequantised as they are used,
-    while a dtype expands them once. `progress(done, total)` counts tensors.
+    while a dtype expands them once. `progress(done, total)` counts tensors. What a user should know stands in
+    model.config.notes.
     Raises FileNotFoundError or ValueError, saying which file or tensor is missing, damaged or unexpected.
     """
-    files = CheckpointFiles(directory)
-    config = what_is_stored(Config.from_checkpoint(directory), files)
+    config, files = read_checkpoint(directory)
     compute = compute_dtype(config, files, dtype)
-    experts = config.n_routed_experts if config.is_sparse(config.num_hidden_layers - 1) else 0
-    if max(config.num_hidden_layers, experts) > len(files.tensors):  # a damaged number, and each would be built before one is missed
-        raise ValueError(f"{files.directory}: config.json asks for {config.num_hidden_layers} layers and {experts} experts, "
-                         f"the files hold {len(files.tensors)} tensors")
     with torch.device("meta"):
         model = Model(config)
-    names = check_names_and_shapes(model, files)
+    names = check_names_and_shapes(model, files, keep_fp8=dtype is None)
     stacked = type_of_stacks(config, files, torch.device(device), dtype, compute)
     for module in model.modules():
         if stacked is not None and isinstance(module, Experts):
             module.stack(device, stacked)
 
     for done, name in enumerate(names, start=1):
-        tensor = files.read(name).to(device)
+        tensor = files.read(name).view(names[name]).to(device)
         module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         if tensor.dtype == FP8 or leaf == "weight_scale_inv":
             if dtype is None:
                 put(module, leaf, tensor)
             elif leaf == "weight":
-                scale = files.read(f"{name}_scale_inv").to(device)
-                put(module, leaf, dequantize(tensor, scale, compute))
+                scale = files.read(f"{name}_scale_inv")
+                block = block_of(names[name], tuple(scale.shape), config.weight_block_size)
+                scale = scale.view(grid_of(names[name], block)).to(device)
+                put(module, leaf, dequantize(tensor, scale, compute, block))
         else:
             put(module, leaf, tensor.to(torch.float32 if leaf == BIAS else compute))
         if progress:
@@ -66,11 +69,64 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
     return model.eval()
 
 
-def what_is_stored(config: Config, files: CheckpointFiles) -> Config:
-    """The config, without the layer that predicts a second token where no tensor of it is in the files."""
-    last = f"model.layers.{config.num_hidden_layers}."
-    return config if any(name.startswith(last) for name in files.tensors) else dataclasses.replace(
-        config, num_nextn_predict_layers=0)
+def read_checkpoint(directory: str | Path) -> tuple[Config, CheckpointFiles]:
+    """The config and the files, each corrected by the other.
+
+    A tied head may be stored once more: a copy is dropped, another one is the head, as in transformers.
+    """
+    config, files, notes = Config.from_checkpoint(directory), CheckpointFiles(directory), []
+    check_tensor_names(files.directory, files.tensors)
+    experts = config.n_routed_experts if config.is_sparse(config.num_hidden_layers - 1) else 0
+    if max(config.num_hidden_layers, experts) > len(files.tensors):  # a damaged number, and each would be built before one is missed
+        raise ValueError(f"{files.directory}: config.json asks for {config.num_hidden_layers} layers and {experts} experts, "
+                         f"the files hold {len(files.tensors)} tensors")
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_word_embeddings and head in files.tensors:
+        if is_copy(files, head, embedding):
+            del files.tensors[head]
+        else:
+            config = replace(config, tie_word_embeddings=False)
+            notes.append("config.json ties the head to the embedding, but the files hold another lm_head.weight: that one is used")
+    config = check_drafts(config, files)
+    if config.quantization == "fp8":
+        scales = sorted({name.rpartition(".")[2] for name in files.passed_over if name.endswith("_scale")})
+        notes.append("FP8 weights: activations and cache stay in a wider type here than the checkpoint's scheme asks for"
+                     + (f" ({', '.join(scales)} not used)" if scales else ""))
+    return replace(config, notes=(*config.notes, *notes)), files
+
+
+def check_drafts(config: Config, files: CheckpointFiles) -> Config:
+    """The config without the layer that predicts a second token, unless the files hold it as it should be.
+
+    The main model needs none: what lies after its last layer is dropped where it is not announced, not whole, more than one
+    layer, or made for another embedding or head than the model's. `no_drafts` then says which.
+    """
+    first, why = config.num_hidden_layers, ""
+    extra = {name: int(match[1]) for name in files.tensors if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))}
+    extra = {name: layer for name, layer in extra.items() if layer >= first}
+    if config.num_nextn_predict_layers != 1 or any(layer > first for layer in extra.values()):
+        why = f"config.json announces {config.num_nextn_predict_layers} draft layers, the files hold {len(set(extra.values()))}; only one can be used"
+    elif extra:
+        with torch.device("meta"):
+            layer = MTPLayer(config, first)
+        expected = {f"model.layers.{first}.{name}": tuple(p.shape) for name, p in layer.named_parameters()}
+        copies = {f"model.layers.{first}.embed_tokens.weight": "model.embed_tokens.weight", f"model.layers.{first}.shared_head.head.weight":
+                  "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"}
+        for name, original in copies.items():
+            if name in extra and not is_copy(files, name, original, every=997):
+                why = f"{name} differs from {original}, of which it should be a copy"
+        for name, shape in expected.items():
+            if name not in extra or files.tensors[name].shape != shape or (
+                    files.tensors[name].dtype == FP8 and f"{name}_scale_inv" not in extra):
+                why = f"{name} is missing or has another shape"
+        if unknown := {name.removesuffix("_scale_inv") for name in extra} - expected.keys() - copies.keys():
+            why = f"{plain(min(unknown))} is not known"
+        if not why:
+            extra = copies
+    for name in extra:
+        files.tensors.pop(name, None)
+    return config if extra and not why and config.num_nextn_predict_layers == 1 else replace(
+        config, num_nextn_predict_layers=0, no_drafts=why if extra else "")
 
 
 def type_of_stacks(config: Config, files: CheckpointFiles, device: torch.device, dtype: torch.dtype | str | None,
@@ -84,7 +140,10 @@ def type_of_stacks(config: Config, files: CheckpointFiles, device: torch.device,
     stored = {tensor.dtype for name, tensor in files.tensors.items() if ".experts." in name and name.endswith(".weight")}
     if dtype is not None or FP8 not in stored:
         return compute
-    return FP8 if stored == {FP8} and config.hidden_size % 128 == config.moe_intermediate_size % 128 == 0 else None
+    blocks = {block_of(tensor.shape, scale.shape, config.weight_block_size) for name, tensor in files.tensors.items()
+              if ".experts." in name and (scale := files.tensors.get(f"{name}_scale_inv"))}
+    whole = config.hidden_size % 128 == config.moe_intermediate_size % 128 == 0
+    return FP8 if stored == {FP8} and blocks == {(128, 128)} and whole else None
 
 
 def put(module: nn.Module, leaf: str, tensor: Tensor) -> None:
@@ -99,13 +158,13 @@ def put(module: nn.Module, leaf: str, tensor: Tensor) -> None:
 
 def bytes_in_memory(directory: str | Path, dtype: torch.dtype | str | None = None, active: bool = False) -> int:
     """What the weights will take, computed from the headers alone; `active`: counting only experts that a token uses."""
-    config, files = Config.from_checkpoint(directory), CheckpointFiles(directory)
+    config, files = read_checkpoint(directory)
     compute = compute_dtype(config, files, dtype)
     dense = experts = 0
     for name, (_, shape, stored, *_) in files.tensors.items():
         is_scale = name.endswith("_scale_inv")
-        if (is_scale and dtype is not None) or name in copies(config):
-            continue  # a scale that was multiplied in, or a tensor once more
+        if is_scale and dtype is not None:
+            continue  # multiplied in
         as_stored = name.endswith(BIAS) or dtype is None and (stored == FP8 or is_scale)
         size = math.prod(shape) * (stored if as_stored else compute).itemsize
         dense, experts = (dense, experts + size) if ".experts." in name else (dense + size, experts)
@@ -124,42 +183,14 @@ def bytes_per_token(model: Model) -> int:
     return total if model.lm_head is None else total - model.model.embed_tokens.weight.nbytes
 
 
-def find_device(name: str | None) -> torch.device:
-    """The named device, or the fastest that is there; ValueError if it cannot be used."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):  # by device, an absent one raises any of these
-        raise ValueError(f"device {name!r} is not usable here; `-d cpu` always is") from None
-    return device
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes, or None where it cannot be known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    try:  # Linux counts what it could drop, such as files that it caches
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-
-
 def check_memory(directory: str | Path, device: torch.device, dtype: str | None, tokens: int, cache: int) -> str:
     """How large the weights are, in words; ValueError if they and a cache of `cache` bytes do not fit on the device.
 
     On the CPU weights that need no conversion stay in the file, and what must fit is what a single token reads.
     """
-    weights, free, files = bytes_in_memory(directory, dtype), free_memory(device), CheckpointFiles(directory)
-    compute = compute_dtype(Config.from_checkpoint(directory), files, dtype)
+    weights, free = bytes_in_memory(directory, dtype), free_memory(device)
+    config, files = read_checkpoint(directory)
+    compute = compute_dtype(config, files, dtype)
     stored = {tensor.dtype for name, tensor in files.tensors.items() if not name.endswith(("_scale_inv", BIAS))}
     stay_in_file = device.type == "cpu" and stored <= {compute, FP8 if dtype is None else compute}
     needed = bytes_in_memory(directory, dtype, active=stay_in_file)
@@ -183,45 +214,34 @@ def compute_dtype(config: Config, files: CheckpointFiles, dtype: torch.dtype | s
     return dtype
 
 
-def check_names_and_shapes(model: Model, files: CheckpointFiles) -> list[str]:
-    """The names to load. Each parameter has its tensor, each tensor its parameter, of one shape; else ValueError."""
+def check_names_and_shapes(model: Model, files: CheckpointFiles, keep_fp8: bool = True) -> dict[str, tuple[int, ...]]:
+    """What to load: name -> shape. Each parameter has its tensor, each tensor its parameter, of one shape; else ValueError.
+
+    Where a tensor is FP8 and stays so, the Linear that it belongs to is replaced by one of FP8.
+    """
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name in list(expected):
         stored = files.tensors.get(name)
         if stored is not None and stored.dtype == FP8:
-            block = model.config.weight_block_size
-            if block is None or not isinstance(model.get_submodule(name.rpartition(".")[0]), Linear):
+            module = name.rpartition(".")[0]
+            if model.config.quantization != "fp8" or not isinstance(model.get_submodule(module), Linear):
                 raise ValueError(f"{stored.path}: {name} is FP8, which config.json's quantization_config does not announce")
-            expected[f"{name}_scale_inv"] = tuple(math.ceil(n / b) for n, b in zip(expected[name], block))
+            scale = files.tensors.get(f"{name}_scale_inv")
+            block = block_of(expected[name], scale.shape, model.config.weight_block_size) if scale else (1, 1)
+            if block is None:
+                raise ValueError(f"{scale.path}: {name}_scale_inv has shape {scale.shape}, no scale for each block, row or tensor of "
+                                 f"{expected[name]}")
+            expected[f"{name}_scale_inv"] = grid_of(expected[name], block)
+            if keep_fp8:
+                swap_in_fp8(model, module, block)
     found = set(files.tensors)
-    for copy, original in copies(model.config).items():
-        if copy in found and original in found:  # some checkpoints store it, others do not
-            check_copy(files, copy, original)
-            found.remove(copy)
-
     for wrong, what in ((expected.keys() - found, "missing from the checkpoint"),
                         (found - expected.keys(), "in the checkpoint, but the config has no place for it")):
         if wrong:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            raise ValueError(f"{files.directory}: {min(wrong)}{more} is {what}")
+            raise ValueError(f"{files.directory}: {plain(min(wrong))}{more} is {what}")
     for name, shape in expected.items():
         stored = files.tensors[name]
-        if stored.shape != shape:
+        if stored.shape != shape and not (name.endswith("_scale_inv") and math.prod(stored.shape) == math.prod(shape)):
             raise ValueError(f"{stored.path}: {name} has shape {stored.shape}, the config asks for {shape}")
-    return list(expected)
-
-
-def copies(config: Config) -> dict[str, str]:
-    """Tensors that are another one once more, and are not loaded: name -> name of the original."""
-    head = "lm_head.weight"
-    tied = {head: "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
-    last = f"model.layers.{config.num_hidden_layers}"
-    second = {f"{last}.embed_tokens.weight": "model.embed_tokens.weight", f"{last}.shared_head.head.weight": tied.get(head, head)}
-    return tied | (second if config.num_nextn_predict_layers else {})
-
-
-def check_copy(files: CheckpointFiles, copy: str, original: str) -> None:
-    """A stored copy may be left out only if it is one; every 997th row is compared."""
-    one, other = files.read(copy), files.read(original)
-    if one.dtype != other.dtype or one.shape != other.shape or not torch.equal(one[::997], other[::997]):
-        raise ValueError(f"{files.tensors[copy].path}: {copy} differs from {original}, of which it should be a copy by config.json")
+    return expected

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .engine.fields import DTYPES, Fields, read_json
+from .engine.fields import DTYPES, Fields, read_json, short
 from .engine.supported import check_every, read_supported
 
 __all__ = ["DTYPES", "Config", "Yarn", "read_json"]
@@ -144,7 +144,7 @@ def read_rope_object(fields: Fields, name: str) -> tuple[float, Yarn | None]:
     if kind == "default":
         return theta, None
     if kind != "yarn":
-        fields.refuse(name, f"rope type {kind!r} is not known, only 'default' and 'yarn' are")
+        fields.refuse(name, f"rope type {short(kind)} is not known, only 'default' and 'yarn' are")
     harmless = {"rope_type", "type", "rope_theta", "finetuned", "max_position_embeddings"}
     for key in sorted(rope.values):
         if key in ("partial_rotary_factor", "extrapolation_factor") and rope.get(key, 1) == 1:

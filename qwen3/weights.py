@@ -35,9 +35,6 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
     """
     config, files = read_checkpoint(directory)
     compute = compute_dtype(config, files, dtype)
-    if config.num_hidden_layers > len(files.tensors):  # a damaged number, and each would be built before one is missed
-        raise ValueError(f"{files.directory}: config.json asks for {config.num_hidden_layers} layers, the files hold "
-                         f"{len(files.tensors)} tensors")
     with torch.device("meta"):
         model = Model(config)
     names = check_names_and_shapes(model, files, keep_fp8=dtype is None)
@@ -67,6 +64,9 @@ def read_checkpoint(directory: str | Path) -> tuple[Config, CheckpointFiles]:
     """
     config, files, notes = Config.from_checkpoint(directory), CheckpointFiles(directory), []
     check_tensor_names(files.directory, files.tensors)
+    if config.num_hidden_layers > len(files.tensors):  # a damaged number, and each would be built before one is missed
+        raise ValueError(f"{files.directory}: config.json asks for {config.num_hidden_layers} layers, the files hold "
+                         f"{len(files.tensors)} tensors")
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if config.tie_word_embeddings and head in files.tensors:
         if is_copy(files, head, embedding):

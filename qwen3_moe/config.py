@@ -4,27 +4,21 @@ New against the dense Qwen3: how many experts there are, how many a token uses, 
 have them, and whether the router's weights are renormalised. Everything that changes the result is read here
 and used, or refused by name; inside this one family rope_theta is 1e6, 5e6 or 1e7.
 
-Two generations of files are about. The published ones say `rope_theta`, `rope_scaling`, `torch_dtype`, `num_experts`;
+`config.json` comes in two formats. The published ones say `rope_theta`, `rope_scaling`, `torch_dtype`, `num_experts`;
 those that transformers 5 writes `rope_parameters` (both of the former in one), `dtype`, `num_local_experts`.
 
 Papers: Qwen3 (arXiv:2505.09388, Table 2), YaRN (arXiv:2309.00071).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+from .engine.fields import DTYPES, Fields, read_json, short
+from .engine.supported import check_every, read_supported
 
-# A folder of another family: what it is, and where to go.
-OTHER_MODELS = {
-    "qwen3": "a dense Qwen3 model; run it with `python -m qwen3.main`",
-    "qwen2_moe": "a Qwen2-MoE model (biases on q, k and v and no QK-Norm); this project has no package for it",
-    "deepseek_v3": "a model of DeepSeek-V3's architecture; run it with `python -m deepseek_v3.main`",
-    "kimi_k2": "a model of DeepSeek-V3's architecture; run it with `python -m deepseek_v3.main`",
-}
+__all__ = ["DTYPES", "Config", "Yarn", "read_json"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +33,7 @@ class Yarn:
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
+    attn_factor: float = 1.0  # multiplies whatever the factor on cos and sin is
 
 
 @dataclass(frozen=True)
@@ -65,11 +60,16 @@ class Config:
     rope_scaling: Yarn | None = None
     tie_word_embeddings: bool = False
     dtype: torch.dtype | None = None  # None: the file does not say, and the tensors decide
-    weight_block_size: tuple[int, int] | None = None  # FP8 checkpoints: rows x columns that share a scale
+    quantization: str | None = None  # "fp8": weights are stored in eight bits, with scales
+    weight_block_size: tuple[int, int] | None = None  # rows x columns that share a scale, where the file says it
     eos_token_id: tuple[int, ...] = ()  # all that end an answer
     temperature: float = 0.0  # 0: always the likeliest token
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    notes: tuple[str, ...] = ()  # what is passed over or done otherwise, for standard error
 
     @property
     def context_length(self) -> int:
@@ -90,36 +90,33 @@ class Config:
         Raises FileNotFoundError without a folder or config.json, ValueError naming file and field for what
         this package would compute wrongly.
         """
-        directory = Path(directory)
-        if not directory.is_dir():
-            raise FileNotFoundError(f"{directory}: no such folder")
-        path = directory / "config.json"
-        fields = Fields(path, read_json(path))
-        refuse_what_is_not_computed(fields)
+        fields, generation, quantization = read_supported(directory, "qwen3_moe")
+        check_attention(fields)
         rope_theta, yarn = read_rope(fields)
-
-        path = directory / "generation_config.json"
-        generation = Fields(path, read_json(path) if path.exists() else {})
-        vocab_size = fields.whole("vocab_size")
-        D, H = fields.whole("hidden_size"), fields.whole("num_attention_heads")
+        vocab_size = fields.integer("vocab_size")
+        stop_ids = generation.token_ids("eos_token_id", vocab_size)
+        if stop_ids is None:
+            stop_ids = fields.token_ids("eos_token_id", vocab_size)
+        D, H = fields.integer("hidden_size"), fields.integer("num_attention_heads")
         stop_ids = read_stop_ids(generation, vocab_size)
         if stop_ids is None:
             stop_ids = read_stop_ids(fields, vocab_size)
 
         config = cls(
-            **{name: fields.whole(name) for name in (
+            **{name: fields.integer(name) for name in (
                 "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                 "num_key_value_heads", "max_position_embeddings", "num_experts_per_tok", "moe_intermediate_size")},
-            head_dim=fields.whole("head_dim", None if D % H else D // H),  # transformers 5 may leave it out
+            head_dim=fields.integer("head_dim", None if D % H else D // H),  # transformers 5 may leave it out
             **read_experts(fields),
             rms_norm_eps=fields.number("rms_norm_eps"),
             rope_theta=rope_theta,
             rope_scaling=yarn,
-            tie_word_embeddings=fields.flag("tie_word_embeddings", False),
-            dtype=read_dtype(fields),
-            weight_block_size=read_quantization(fields),
+            tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+            dtype=fields.dtype(),
             eos_token_id=stop_ids or (),
+            **quantization,
             **read_sampling(generation),
+            notes=tuple(dict.fromkeys(fields.notes + generation.notes)),
         )
         if config.num_attention_heads % config.num_key_value_heads:
             raise ValueError(f"{fields.path}: num_attention_heads {config.num_attention_heads} is not a multiple "
@@ -132,83 +129,19 @@ class Config:
         return config
 
 
-class Fields:
-    """The fields of one JSON file; its errors name the file and the field."""
-
-    def __init__(self, path: Path, values: dict):
-        self.path, self.values = path, values
-
-    def get(self, name: str, default=None):
-        value = self.values.get(name)
-        return default if value is None else value
-
-    def required(self, name: str, default=None):
-        value = self.get(name, default)
-        if value is None:
-            raise ValueError(f"{self.path}: the field {name} is missing")
-        return value
-
-    def number(self, name: str, default: float | None = None, zero: bool = False) -> float:
-        value = self.required(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 2**31 or not (value or zero):
-            raise ValueError(f"{self.path}: {name} is {value!r}, expected a positive number")
-        return float(value)
-
-    def whole(self, name: str, default: int | None = None, zero: bool = False) -> int:
-        value = self.number(name, default, zero)
-        if value != int(value):
-            raise ValueError(f"{self.path}: {name} is {value!r}, expected a whole number")
-        return int(value)
-
-    def object(self, name: str) -> "Fields":
-        value = self.get(name, {})
-        if not isinstance(value, dict):
-            self.refuse(name, "expected an object")
-        return Fields(self.path, value)
-
-    def flag(self, name: str, default: bool | None = None) -> bool:
-        value = self.required(name, default)
-        if not isinstance(value, bool):
-            raise ValueError(f"{self.path}: {name} is {value!r}, expected true or false")
-        return value
-
-    def refuse(self, name: str, why: str):
-        raise ValueError(f"{self.path}: {name} is {self.values.get(name)!r}: {why}")
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; FileNotFoundError or ValueError naming the file otherwise."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a checkpoint's folder has one")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return values
-
-
-def refuse_what_is_not_computed(fields: Fields) -> None:
-    model_type = fields.get("model_type")
-    if model_type != "qwen3_moe":
-        what = OTHER_MODELS.get(str(model_type))
-        fields.refuse("model_type", f"this folder holds {what}" if what else "this package runs only model_type 'qwen3_moe'")
-    if fields.get("hidden_act") != "silu":
+def check_attention(fields: Fields) -> None:
+    """ValueError for what this package's attention would compute wrongly."""
+    if fields.get("hidden_act", "silu") != "silu":
         fields.refuse("hidden_act", "only 'silu' is known")
-    for name, known in (("attention_bias", False), ("qkv_bias", False), ("use_qk_norm", True)):
-        if fields.flag(name, known) is not known:
-            fields.refuse(name, f"only {str(known).lower()} is known")
+    if fields.boolean("attention_bias", False):
+        fields.refuse("attention_bias", "only false is known")
     # The published files carry a window that is switched off; transformers 5 spells the outcome per layer. A size that
     # is left out is some default and not "no window", which is null.
-    layer_types = fields.get("layer_types")
-    if layer_types is not None:
-        if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-            fields.refuse("layer_types", "only 'full_attention' is known, a sliding window is not")
-    elif fields.flag("use_sliding_window", False) and fields.values.get("sliding_window", "some default") is not None:
-        if fields.whole("max_window_layers", 0, zero=True) < fields.whole("num_hidden_layers"):
+    layers = fields.integer("num_hidden_layers")
+    if fields.get("layer_types") is not None:
+        check_every(fields, "layer_types", layers, "full_attention", "only 'full_attention' is known, a sliding window is not")
+    elif fields.boolean("use_sliding_window", False) and fields.values.get("sliding_window", "some default") is not None:
+        if fields.integer("max_window_layers", 0, zero=True) < layers:
             fields.refuse("use_sliding_window", "sliding-window attention is not supported")
 
 
@@ -220,11 +153,11 @@ def read_experts(fields: Fields) -> dict[str, object]:
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
         fields.refuse("mlp_only_layers", "expected a list of layer numbers")
     return {
-        "num_experts": fields.whole("num_experts", fields.get("num_local_experts")),
-        "norm_topk_prob": fields.flag("norm_topk_prob"),
-        "decoder_sparse_step": fields.whole("decoder_sparse_step", 1),
+        "num_experts": fields.integer("num_experts", fields.get("num_local_experts")),
+        "norm_topk_prob": fields.boolean("norm_topk_prob"),
+        "decoder_sparse_step": fields.integer("decoder_sparse_step", 1),
         "mlp_only_layers": tuple(dense),
-        "shared_expert_intermediate_size": fields.whole("shared_expert_intermediate_size", 0, zero=True),
+        "shared_expert_intermediate_size": fields.integer("shared_expert_intermediate_size", 0, zero=True),
     }
 
 
@@ -241,7 +174,7 @@ def read_rope(fields: Fields) -> tuple[float, Yarn | None]:
     if kind == "default":
         return theta, None
     if kind != "yarn":
-        fields.refuse(name, f"rope type {kind!r} is not known, only 'default' and 'yarn' are")
+        fields.refuse(name, f"rope type {short(kind)} is not known, only 'default' and 'yarn' are")
     known = set(Yarn.__dataclass_fields__) | {"rope_type", "type", "rope_theta"}
     if unknown := sorted(set(rope.values) - known):
         fields.refuse(name, f"{unknown[0]!r} is not a field of YaRN that this package knows")
@@ -250,7 +183,7 @@ def read_rope(fields: Fields) -> tuple[float, Yarn | None]:
     numbers = {key: rope.number(key, zero=key.startswith("mscale")) for key in Yarn.__dataclass_fields__
                if key != "truncate" and rope.get(key) is not None}
     name = "original_max_position_embeddings"  # outside the object it goes before the one within, as in transformers 5
-    numbers[name] = (rope if fields.get(name) is None else fields).whole(name, fields.whole("max_position_embeddings"))
+    numbers[name] = (rope if fields.get(name) is None else fields).whole(name, fields.integer("max_position_embeddings"))
     return theta, Yarn(**numbers, truncate=rope.flag("truncate", True))
 
 
@@ -273,11 +206,11 @@ def read_stop_ids(fields: Fields, vocab_size: int) -> tuple[int, ...] | None:
 
 def read_sampling(fields: Fields) -> dict[str, float]:
     """The defaults of generation_config.json. do_sample false is how a Base checkpoint asks for greedy decoding."""
-    if not fields.flag("do_sample", False):
+    if not fields.boolean("do_sample", False):
         return {}
     sampling = {"temperature": fields.number("temperature", 1.0, zero=True)}
     if fields.get("top_k") is not None:
-        sampling["top_k"] = fields.whole("top_k", zero=True)
+        sampling["top_k"] = fields.integer("top_k", zero=True)
     if fields.get("top_p") is not None:
         sampling["top_p"] = fields.number("top_p")
         if sampling["top_p"] > 1:
@@ -297,3 +230,67 @@ def read_quantization(fields: Fields) -> tuple[int, int] | None:
             fields.refuse("quantization_config", f"{name} {quantization.get(name)!r} is not known; "
                           "only FP8 (e4m3) weights in blocks of 128 x 128 are")
     return tuple(quantization.values["weight_block_size"])
+
+
+def read_rope(fields: Fields) -> tuple[float, Yarn | None]:
+    """(rope_theta, YaRN's numbers or None), from either generation of names; from both where they agree."""
+    names = [name for name in ("rope_parameters", "rope_scaling") if fields.get(name)]
+    given = [read_rope_object(fields, name) for name in names or ["rope_scaling"]]
+    if given[0] != given[-1]:
+        fields.refuse("rope_scaling", "rope_parameters is there too and says something else; put all of it into that")
+    return given[0]
+
+
+def read_rope_object(fields: Fields, name: str) -> tuple[float, Yarn | None]:
+    rope = fields.object(name)
+    inside = fields.object("rope_parameters").get("rope_theta", fields.get("rope_theta"))
+    theta = rope.number("rope_theta", inside)
+    if theta <= 1:
+        raise ValueError(f"{fields.path}: rope_theta is {theta}: expected more than 1")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "yarn":
+        fields.refuse(name, f"rope type {short(kind)} is not known, only 'default' and 'yarn' are")
+    harmless = {"rope_type", "type", "rope_theta", "finetuned", "max_position_embeddings"}
+    for key in sorted(rope.values):
+        if key in ("partial_rotary_factor", "extrapolation_factor") and rope.get(key, 1) == 1:
+            continue
+        if key not in Yarn.__dataclass_fields__ and key not in harmless:
+            fields.refuse(name, f"{key!r} is not a field of YaRN that this package knows")
+    if fields.get("partial_rotary_factor", 1) != 1:
+        fields.refuse("partial_rotary_factor", "only 1.0 is known beside YaRN")
+    if rope.get("factor") is None:
+        raise ValueError(f"{fields.path}: {name} has type 'yarn' but no factor")
+    if rope.get("attn_factor", 1) != 1 and rope.get("attention_factor") is not None:
+        fields.refuse(name, "attn_factor and attention_factor are both there; leave out one")
+    numbers = {key: rope.number(key, zero=key.startswith("mscale")) for key in Yarn.__dataclass_fields__
+               if key != "truncate" and rope.get(key) is not None}
+    name = "original_max_position_embeddings"  # outside the object it goes before the one within, as in transformers 5
+    numbers[name] = (rope if fields.get(name) is None else fields).integer(name, fields.integer("max_position_embeddings"))
+    return theta, Yarn(**numbers, truncate=rope.boolean("truncate", True))
+
+
+def read_sampling(generation: Fields) -> dict[str, float]:
+    """The defaults of generation_config.json. do_sample false is how a Base checkpoint asks for greedy decoding.
+
+    The penalties count in greedy decoding too. What changes nothing (a penalty of 1.0, a top_k of -1) stays None.
+    """
+    sampling: dict[str, float] = {}
+    if generation.get("repetition_penalty", 1) != 1:
+        sampling["repetition_penalty"] = generation.number("repetition_penalty")
+    if generation.get("presence_penalty", 0) != 0:
+        sampling["presence_penalty"] = generation.signed("presence_penalty", 2)
+    if not generation.boolean("do_sample", False):
+        return sampling
+    sampling["temperature"] = generation.number("temperature", 1.0, zero=True)
+    if generation.get("top_k") not in (None, -1):
+        sampling["top_k"] = generation.integer("top_k", zero=True)
+    for name in ("top_p", "min_p"):
+        if generation.get(name) is not None:
+            value = generation.number(name, zero=name == "min_p")
+            if value > 1:
+                generation.refuse(name, "expected at most 1")
+            if (name, value) != ("min_p", 0):
+                sampling[name] = value
+    return sampling

@@ -47,19 +47,18 @@ def new_weight(*shape: int) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """y = x W^T with W (out, in), no bias. W may be FP8 with one scale for each block of weights."""
+    """y = x W^T with W (out, in), no bias."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.weight = new_weight(out_features, in_features)
-        self.register_parameter("weight_scale_inv", None)  # an FP8 checkpoint has scales to put here
 
     def forward(self, x: Tensor) -> Tensor:
         return product(x, self.matrix(x.dtype))
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """W (out, in), ready to multiply."""
-        return self.weight if self.weight_scale_inv is None else dequantize(self.weight, self.weight_scale_inv, dtype)
+        return self.weight
 
 
 # Without AVX-512, as on many laptops, PyTorch multiplies matrices of 16-bit numbers at a sixth of its speed in float32.
@@ -95,18 +94,6 @@ def product_in_float32(x: Tensor, W: Tensor) -> Tensor:
     # Piece by piece, since the whole W in float32 (a head's has 150,000 rows) would take twice its own memory.
     x32 = x.float()
     return torch.cat([(x32 @ piece.float().mT).to(x.dtype) for piece in W.split(512, dim=-2)], dim=-1)
-
-
-def dequantize(weight: Tensor, weight_scale_inv: Tensor, dtype: torch.dtype, block: int = 128) -> Tensor:
-    """FP8 (…, O, I) and scales (…, ceil(O/block), ceil(I/block)) -> weights (…, O, I).
-
-    Multiplied, whatever the name says: the file stores the inverse of the scale that was divided by
-    (DeepSeek-V3, arXiv:2412.19437, section 3.3). In float32, then rounded once.
-    """
-    rows, columns = weight.shape[-2:]
-    scale = weight_scale_inv.float().repeat_interleave(block, -2)[..., :rows, :]  # the last block may be cut short
-    scale = scale.repeat_interleave(block, -1)[..., :columns]  # (…, O, I)
-    return (weight.float() * scale).to(dtype)
 
 
 class RotaryEmbedding:
@@ -164,8 +151,8 @@ def inverse_frequencies(config: Config) -> tuple[Tensor, float]:
     if yarn.attention_factor is not None:
         return frequency, yarn.attention_factor
     if yarn.mscale and yarn.mscale_all_dim:
-        return frequency, mscale(yarn, yarn.mscale) / mscale(yarn, yarn.mscale_all_dim)
-    return frequency, mscale(yarn, 1.0)
+        return frequency, mscale(yarn, yarn.mscale) / mscale(yarn, yarn.mscale_all_dim) * yarn.attn_factor
+    return frequency, mscale(yarn, 1.0) * yarn.attn_factor
 
 
 def mscale(yarn: Yarn, m: float) -> float:

@@ -11,13 +11,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = [path.parent.name for path in sorted(ROOT.glob("*/config.py"))]
 FILES = ["config.py", "tokenizer.py", "layers.py", "attention.py", "moe.py", "model.py", "weights.py", "compiled.py", "generate.py", "main.py", "routing.py"]
 # Files of the engine that are one file, byte for byte, wherever they stand.
-EQUAL = ["engine/__init__.py", "engine/safetensors_reader.py"]
+EQUAL = ["engine/__init__.py", "engine/fields.py", "engine/memory.py", "engine/quantization.py", "engine/quantized.py",
+         "engine/safetensors_reader.py", "engine/supported.py"]
 # What differs by nature, with the reason: {"file.py name": why}
 MAY_DIFFER = {
     "config.py Config": "each architecture has fields of its own",
     "config.py Config.from_checkpoint": "each architecture has fields of its own",
     "config.py Config.is_sparse": "which layers have experts is said in other fields",
-    "config.py refuse_what_is_not_computed": "each architecture has fields of its own",
+    "config.py check_attention": "each architecture has fields of its own",
     "tokenizer.py Tokenizer.__init__": "DeepSeek's formats have names, and a token stands before any text",
     "tokenizer.py Tokenizer.from_checkpoint": "tiktoken.model",
     "tokenizer.py Tokenizer.chat": "each family has its chat format",
@@ -32,7 +33,7 @@ MAY_DIFFER = {
     "weights.py bytes_in_memory": "experts are counted apart",
     "weights.py bytes_per_token": "a token reads only its experts",
     "weights.py check_memory": "experts that nobody needs stay in the file",
-    "weights.py copies": "the layer that predicts a second token has copies too",
+    "weights.py read_checkpoint": "experts are counted, and the layer that predicts a second token may be left out",
     "compiled.py Slots": "latents instead of keys and values",
     "compiled.py clear": "latents instead of keys and values",
     "compiled.py CompiledStep.__init__": "experts must be stacked",

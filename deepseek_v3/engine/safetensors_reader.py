@@ -9,21 +9,28 @@ nothing in it can be executed. That is why .bin and .pth files, which are Python
 import json
 import math
 import mmap
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..config import read_json
+from .fields import plain, read_json, short
 
-# The types of tensors that a checkpoint may hold, by their names in the safetensors header.
-STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
-FP8 = torch.float8_e4m3fn
+# The types of weights and scales, by their names in the header.
+STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn,
+          "F8_E8M0": torch.float8_e8m0fnu}
+# Tensors that are no weights: tables that follow from the config, counters, and scales of activations and of a quantised
+# cache, which are kept in wider types here. A superfluous tensor that is not on this list is an error.
+BUFFERS = re.compile(r"(^|\.)(rotary_emb\.[^.]+|position_ids|masked_bias|tokens_per_expert|local_tokens_per_expert|num_batches_tracked)$")
+ACTIVATION_SCALES = re.compile(r"\.(input_scale|input_scale_ub|input_global_scale|activation_scale|output_scale|[qkv]_scale|prob_output_scale)$")
+FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)(\.weight)?(_scale_inv|_scale)?")
 
 
-class Stored(NamedTuple):
+class TensorInfo(NamedTuple):
     """Where a tensor lies: `size` bytes from byte `start` of the file."""
 
     path: Path
@@ -34,47 +41,83 @@ class Stored(NamedTuple):
 
 
 class CheckpointFiles:
-    """The tensors of a folder: `tensors` by name, `read(name)` maps one into memory.
+    """The tensors of a folder: `tensors` by name, `read(name)` maps one into memory; `passed_over` are no weights.
 
-    Not by the library of the same name, whose get_tensor touches the numbers (0.8: 0.3 MB of each tensor).
+    The library of the same name checks each header, and refuses what it refuses. It does not read: its get_tensor
+    touches the numbers (0.8: 0.3 MB of each tensor).
     """
 
     def __init__(self, directory: str | Path):
         directory = Path(directory)
-        single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-        if single.exists():
-            where = dict.fromkeys(["model.safetensors"], set())
-        elif index.exists():
-            where = files_of_index(index)
-        elif pickles := sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in directory.glob(kind)):
-            raise ValueError(f"{directory}: has only pickled weights ({pickles[0]}); those can run code when "
-                             "opened and are never read here. Convert them to safetensors first.")
-        else:
-            raise FileNotFoundError(f"{directory}: no weights in it, neither {single.name} nor {index.name}")
-
-        self.directory, self.tensors, self.maps = directory, {}, {}
-        for file, promised in where.items():
+        index = "model.safetensors.index.json"
+        self.directory, self.tensors, self.maps, self.passed_over = directory, {}, {}, []
+        for file, promised in files_of(directory, index).items():
             path = directory / file
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: this part of the checkpoint is missing; download it again")
             found = read_header(path)
             if absent := sorted(promised - found.keys()):
-                raise ValueError(f"{path}: {absent[0]} is missing, though {index.name} says that it is here")
+                raise ValueError(f"{path}: {plain(absent[0])} is missing, though {index} says that it is here")
             if twice := sorted(found.keys() & self.tensors.keys()):
-                raise ValueError(f"{path}: {twice[0]} is in it and in {self.tensors[twice[0]].path.name} too")
+                raise ValueError(f"{path}: {plain(twice[0])} is in it and in {self.tensors[twice[0]].path.name} too")
             self.tensors |= found
+        for name in [name for name, tensor in self.tensors.items() if is_no_weight(name, tensor)]:
+            del self.tensors[name]
+            self.passed_over.append(name)
+        for name, tensor in list(self.tensors.items()):
+            if not isinstance(tensor.dtype, torch.dtype):
+                raise ValueError(f"{tensor.path}: {plain(name)} is stored as {tensor.dtype}; known are {', '.join(STORED)}")
+            if (fused := FUSED.fullmatch(name)) and len(tensor.shape) and tensor.shape[0] <= 4096:
+                del self.tensors[name]
+                self.tensors |= split_experts(tensor, fused)
+            elif name.endswith(".weight_scale"):  # another spelling of the same number
+                self.tensors[f"{name}_inv"] = self.tensors.pop(name)
 
     def read(self, name: str) -> Tensor:
+        """A tensor on the file's own bytes, with a storage of its own: what saves it writes its numbers and no others."""
         path, shape, dtype, start, size = self.tensors[name]
         if path not in self.maps:
             self.maps[path] = map_file(path)
-        data = self.maps[path][start:start + size]
+        if size == 0:
+            return torch.empty(shape, dtype=dtype)
+        data = torch.frombuffer(self.maps[path], dtype=torch.uint8, count=size, offset=start)
         if start % dtype.itemsize:
-            data = data.clone()  # a number may not begin between two places for numbers
+            data = data.clone()  # misaligned: view(dtype) needs a multiple of the number's size
         return data.view(dtype).view(shape)
 
 
-def map_file(path: Path) -> Tensor:
+def is_copy(files: CheckpointFiles, one: str, other: str, every: int = 1) -> bool:
+    """Whether two tensors hold the same bytes; `every` 997 compares every 997th row."""
+    if other not in files.tensors or files.tensors[one][1:3] != files.tensors[other][1:3] or not files.tensors[one].shape:
+        return False
+    return torch.equal(*(files.read(name)[::every].view(torch.uint8) for name in (one, other)))
+
+
+def is_no_weight(name: str, tensor: TensorInfo) -> bool:
+    return tensor.size == 0 or bool(BUFFERS.search(name) or ACTIVATION_SCALES.search(name))
+
+
+def split_experts(tensor: TensorInfo, fused: re.Match) -> dict[str, TensorInfo]:
+    """All experts of a layer in one tensor, as transformers 5 keeps them -> each expert's own, on the same bytes.
+
+    gate_up_proj (E, 2F, D) has the rows of gate_proj first, then those of up_proj; down_proj is (E, D, F). A scale that both
+    halves share, (E,) or (E, 1, 1), is given to each.
+    """
+    experts, matrix, _, scale = fused.groups()
+    E, shape, size = tensor.shape[0], tensor.shape[1:], tensor.size // tensor.shape[0]
+    leaf, names, shared = f"weight{'_scale_inv' if scale else ''}", [matrix], True
+    if matrix == "gate_up_proj":
+        names = ["gate_proj", "up_proj"]
+        shared = bool(scale) and math.prod(shape[:1]) == 1
+        if not shared and shape[0] % 2:
+            raise ValueError(f"{tensor.path}: {plain(fused[0])} has {shape[0]} rows, which gate and up cannot share evenly")
+    step = 0 if shared else size // 2
+    shape, part = (shape, size) if shared else ((shape[0] // 2, *shape[1:]), size // 2)
+    return {f"{experts}.{e}.{name}.{leaf}": TensorInfo(tensor.path, shape, tensor.dtype, tensor.start + e * size + i * step, part)
+            for e in range(E) for i, name in enumerate(names)}
+
+
+def map_file(path: Path) -> mmap.mmap:
     """A file's bytes as memory, read when they are touched; what is written to them stays in this process."""
     with path.open("rb") as file:
         if sys.platform == "linux":  # NORESERVE, else it refuses a file that is larger than memory and swap
@@ -82,38 +125,87 @@ def map_file(path: Path) -> Tensor:
         else:
             how = {"access": mmap.ACCESS_COPY}
         try:
-            return torch.frombuffer(mmap.mmap(file.fileno(), 0, **how), dtype=torch.uint8)
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be mapped into memory ({error.strerror})") from None
+            return mmap.mmap(file.fileno(), 0, **how)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: cannot be mapped into memory ({getattr(error, 'strerror', None) or error})") from None
 
 
-def read_header(path: Path) -> dict[str, Stored]:
+def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file; ValueError where it is truncated or damaged."""
     try:
-        end = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > end - 8:
+            end, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
+            if length > min(end - 8, 100_000_000):
                 raise ValueError("it ends within the header")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
+            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=no_key_twice)
+        metadata = header.pop("__metadata__", None) or {}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata is not text")
         tensors = {}
         for name, entry in header.items():
             shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
-            if entry["dtype"] not in STORED:
-                raise NotImplementedError(f"{name} is stored as {entry['dtype']}; known are {', '.join(STORED)}")
-            dtype = STORED[entry["dtype"]]
-            whole = all(type(number) is int for number in (*shape, first, last))
-            if not whole or not 0 <= first <= last <= end - 8 - length or last - first != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name} is not where the header says")
-            tensors[name] = Stored(path, shape, dtype, 8 + length + first, last - first)
+            dtype = STORED.get(entry["dtype"], entry["dtype"])  # one that is not known may be a buffer's
+            whole = all(type(number) is int and number >= 0 for number in (*shape, first, last))
+            if not whole or last < first or (isinstance(dtype, torch.dtype) and last - first != math.prod(shape) * dtype.itemsize):
+                raise ValueError(f"{plain(name)} is not where the header says")
+            tensors[name] = TensorInfo(path, shape, dtype, 8 + length + first, last - first)
+        covered = 8 + length  # every byte belongs to one tensor, and to one only
+        for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].size)):
+            if tensor.start != covered:
+                raise ValueError(f"{plain(name)} is not where the header says: it begins at byte {tensor.start}, not {covered}")
+            covered += tensor.size
+        if covered != end:
+            raise ValueError(f"its tensors end at byte {covered}, the file at {end}")
+        check_with_library(path)
         return tensors
-    except NotImplementedError as error:
-        raise ValueError(f"{path}: {error}") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: truncated or damaged ({error}); download it again") from None
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: truncated or damaged ({str(error)[:120]}); download it again") from None
+
+
+def no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(names := dict(pairs)) < len(pairs):
+        raise ValueError("its header names something twice")
+    return names
+
+
+def check_with_library(path: Path) -> None:
+    """What the library refuses is refused, whatever was overlooked here. It cannot open what is larger than memory."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except UnicodeError:  # a path that is no UTF-8
+        pass
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise ValueError(str(error)) from None
+
+
+def files_of(directory: Path, index: str) -> dict[str, set[str]]:
+    """File name -> the tensors that are promised in it; several files come with an index, or at least numbered."""
+    if (directory / "model.safetensors").exists():
+        return {"model.safetensors": set()}
+    if (directory / index).exists():
+        return files_of_index(directory / index)
+    numbered = {path.name: match for path in sorted(directory.glob("*.safetensors"))
+                if (match := re.fullmatch(r"(.+)-(\d+)-of-(\d+)\.safetensors", path.name))}
+    if numbered:
+        sets = {(match[1], int(match[3])) for match in numbered.values()}
+        if len(sets) > 1:
+            raise ValueError(f"{directory}: has parts of several checkpoints ({min(numbered)}, {max(numbered)}) and no {index}")
+        ((_, count),) = sets
+        if len(numbered) < count:
+            raise FileNotFoundError(f"{directory}: only {len(numbered)} of {count} parts are there, and no {index}; download it again")
+        return {name: set() for name in numbered}
+    for pattern, what in (("*.gguf", "GGUF files, which llama.cpp runs; get"), ("*.bin", "pickled weights"), ("*.pt", "pickled weights"),
+                          ("*.pth", "pickled weights")):
+        if files := sorted(path.name for path in directory.glob(pattern)):
+            if what == "pickled weights":
+                raise ValueError(f"{directory}: has only pickled weights ({plain(files[0])}); those can run code when opened and "
+                                 "are never read here. Convert them to safetensors first.")
+            raise ValueError(f"{directory}: has only {what} the safetensors release of the model")
+    raise FileNotFoundError(f"{directory}: no weights in it, neither model.safetensors nor {index}; download it again")
 
 
 def files_of_index(index: Path) -> dict[str, set[str]]:
@@ -124,7 +216,7 @@ def files_of_index(index: Path) -> dict[str, set[str]]:
     where: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         # A path from a downloaded file must not reach anything else on this machine.
-        if not isinstance(file, str) or Path(file).name != file or file in ("", "..") or "\\" in file:
-            raise ValueError(f"{index}: {name} points outside the folder, to {file!r}")
+        if not isinstance(file, str) or Path(file).name != file or file in ("", "..") or "\\" in file or "\0" in file:
+            raise ValueError(f"{index}: {plain(name)} points outside the folder, to {short(file)}")
         where.setdefault(file, set()).add(name)
     return where
