@@ -27,6 +27,17 @@ class FP8Linear(Linear):
     def matrix(self, dtype: torch.dtype) -> Tensor:
         return dequantize(self.weight, self.weight_scale_inv, dtype, self.block)
 
+    # PyTorch's pickle (not torch.save) writes 8-bit floats and cannot read them: it gets their bytes.
+    def __getstate__(self) -> dict:
+        names = {name: p.dtype for name, p in self._parameters.items() if p.dtype.itemsize == 1}
+        return self.__dict__ | {"eight_bits": names, "_parameters": {
+            name: p.data.view(torch.uint8) if name in names else p for name, p in self._parameters.items()}}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        for name, dtype in self.__dict__.pop("eight_bits").items():
+            self._parameters[name] = nn.Parameter(self._parameters[name].view(dtype), requires_grad=False)
+
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype, block: tuple[int, int] = (128, 128)) -> Tensor:
     """FP8 (…, O, I) and scales (…, ceil(O/rows), ceil(I/columns)) -> weights (…, O, I).

@@ -66,7 +66,9 @@ class CheckpointFiles:
             self.passed_over.append(name)
         for name, tensor in list(self.tensors.items()):
             if not isinstance(tensor.dtype, torch.dtype):
-                raise ValueError(f"{tensor.path}: {plain(name)} is stored as {tensor.dtype}; known are {', '.join(STORED)}")
+                four = {"U8": " (4-bit weights, as NVFP4's, are)", "U32": " (4-bit weights in MLX's format are)",
+                        "I32": " (4-bit weights of AWQ and GPTQ are)"}.get(tensor.dtype, "")
+                raise ValueError(f"{tensor.path}: {plain(name)} is stored as {short(tensor.dtype)[1:-1]}{four}; known are {', '.join(STORED)}")
             if (fused := FUSED.fullmatch(name)) and len(tensor.shape) and tensor.shape[0] <= 4096:
                 del self.tensors[name]
                 self.tensors |= split_experts(tensor, fused)

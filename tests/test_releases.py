@@ -1,0 +1,487 @@
+"""What released checkpoints really contain: stray buffers, fused experts, FP8 in many spellings, other models' files.
+
+Values come from what does not run here: the same numbers stored in the plain way, or formulas written out.
+"""
+
+import copy
+import io
+import json
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.packages import PACKAGES, module
+from tests.seeded import PROMPT, deepseek_v3_config, qwen3_config, qwen3_moe_config, seeded_tensor, shapes_of, write_checkpoint
+
+IDS = torch.tensor([PROMPT])
+CONFIGS = {"qwen3": qwen3_config, "qwen3_moe": qwen3_moe_config, "deepseek_v3": deepseek_v3_config}
+OTHERS = json.loads((Path(__file__).parent / "other_configs.json").read_text())
+MIXTURES = ["qwen3_moe", "deepseek_v3"]
+
+
+@pytest.fixture(params=PACKAGES)
+def package(request) -> str:
+    return request.param
+
+
+def write(folder: Path, package: str, dtype: torch.dtype = torch.float32, **changes) -> Path:
+    """A small checkpoint with an untied head."""
+    return write_checkpoint(folder, CONFIGS[package](**{"tie_word_embeddings": False} | changes), dtype)
+
+
+def logits(package: str, folder: Path, **how) -> torch.Tensor:
+    with torch.inference_mode():
+        return module(package, "weights").load_model(folder, **how)(IDS)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+def shard(folder: Path, tensors: dict[str, torch.Tensor], index: bool = True, pattern: str = "model-{:05}-of-00003.safetensors") -> None:
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    weight_map = {name: pattern.format(i % 3 + 1) for i, name in enumerate(sorted(tensors))}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
+    if index:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def change_config(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in (config | changes).items() if v is not ...}))
+
+
+def is_one_sentence(error: pytest.ExceptionInfo, folder: Path) -> bool:
+    said = str(error.value).replace(str(folder), "folder")
+    return len(said) < 300 and "\n" not in said
+
+
+# Buffers
+
+BUFFERS = {"self_attn.rotary_emb.inv_freq": torch.ones(7), "self_attn.rotary_emb.cos_cached": torch.ones(3, 2), "self_attn.k_scale": torch.ones(()),
+           "self_attn.v_scale": torch.ones(1), "position_ids": torch.arange(5), "surplus": torch.empty(0, 4)}
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_buffers_are_passed_over_and_change_neither_logits_nor_memory(tmp_path, package, indexed):
+    """Moonlight and Kimi-K2 hold (hidden_size / heads / 2,) float32 in each layer, whatever the rotary part's size."""
+    folder = write(tmp_path / "made", package, torch.bfloat16, torch_dtype="bfloat16")
+    weights = module(package, "weights")
+    before, size = logits(package, folder), weights.bytes_in_memory(folder)
+    strays = {f"model.layers.{i}.{name}": tensor.clone() for i in range(3) for name, tensor in BUFFERS.items()}
+    tensors = tensors_of(folder) | strays
+    shard(folder, tensors) if indexed else save_file(tensors, folder / "model.safetensors")
+    assert torch.equal(logits(package, folder), before) and weights.bytes_in_memory(folder) == size
+
+
+@pytest.mark.parametrize("package", MIXTURES)
+def test_a_stray_float32_table_does_not_count_in_the_memory_check(tmp_path, monkeypatch, package):
+    folder, weights = write(tmp_path, package, torch.bfloat16, torch_dtype="bfloat16"), module(package, "weights")
+    save_file(tensors_of(folder) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(9)}, folder / "model.safetensors")
+    monkeypatch.setattr(weights, "free_memory", lambda device: weights.bytes_in_memory(folder) * 8 // 10)
+    assert "come from the disk when routed to" in weights.check_memory(folder, torch.device("cpu"), None, 10, 1000)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.1.mlp.surprise.weight", "inv_freq"])
+def test_a_superfluous_weight_is_an_error(tmp_path, package, name):
+    folder = write(tmp_path, package)
+    save_file(tensors_of(folder) | {name: torch.ones(2)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{name} is in the checkpoint, but the config has no place for it"):
+        module(package, "weights").load_model(folder)
+
+
+# Fused experts, shards
+
+def fuse(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """(E, 2F, D) with gate's rows first, and (E, D, F): facts, transformers 5's conversion_mapping.py."""
+    out = {name: tensor for name, tensor in tensors.items() if ".experts." not in name or "input_scale" not in name}
+    names = [name for name in out if ".experts.0.gate_proj." in name]
+    for name in names:
+        prefix, leaf = name.split("0.gate_proj.")
+        E = sum(1 for other in tensors if re.fullmatch(re.escape(prefix) + r"\d+\.down_proj\." + leaf, other))
+        gate, up, down = ([out.pop(f"{prefix}{e}.{part}.{leaf}") for e in range(E)] for part in ("gate_proj", "up_proj", "down_proj"))
+        leaf = leaf.removeprefix("weight")
+        out[f"{prefix}gate_up_proj{leaf}"] = torch.stack([torch.cat(pair) for pair in zip(gate, up)])
+        out[f"{prefix}down_proj{leaf}"] = torch.stack(down)
+    return out
+
+
+@pytest.mark.parametrize("package", MIXTURES)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_fused_experts_are_views_of_the_file(tmp_path, package, sharded):
+    folder = write(tmp_path, package)
+    before, fused = logits(package, folder), fuse(tensors_of(folder))
+    assert not any(".experts.0." in name for name in fused) and any("gate_up_proj" in name for name in fused)
+    shard(folder, fused) if sharded else save_file(fused, folder / "model.safetensors")
+    assert torch.equal(logits(package, folder), before)
+    model = module(package, "weights").load_model(folder)
+    expert = next(m for n, m in model.named_modules() if n.endswith("mlp.experts.3"))
+    assert expert.up_proj.weight.untyped_storage().nbytes() == expert.up_proj.weight.nbytes
+
+
+@pytest.mark.parametrize("package", MIXTURES)
+def test_fused_fp8_experts_with_their_scales(tmp_path, package):
+    folder = write_fp8(tmp_path, package, "block", hidden_size=128, moe_intermediate_size=128)
+    before = logits(package, folder)
+    save_file(fuse(tensors_of(folder)), folder / "model.safetensors")
+    assert torch.equal(logits(package, folder), before)
+
+
+@pytest.mark.parametrize("pattern", ["model-{:05}-of-00003.safetensors", "model-{}-of-3.safetensors"])
+def test_shards_without_an_index(tmp_path, package, pattern):
+    folder = write(tmp_path, package)
+    before = logits(package, folder)
+    shard(folder, tensors_of(folder), index=False, pattern=pattern)
+    assert torch.equal(logits(package, folder), before)
+    next(folder.glob("*2-of*")).unlink()
+    with pytest.raises(FileNotFoundError, match="only 2 of 3 parts are there, and no model.safetensors.index.json; download it again"):
+        module(package, "weights").load_model(folder)
+
+
+# FP8
+
+def quantise(weight: torch.Tensor, kind: str, block: int = 128) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(FP8 weights, scales, what they mean in float32), one scale for a tensor, a row or a block, by slices."""
+    O, I = weight.shape
+    rows, columns = {"tensor": (O, I), "row": (1, I), "block": (block, block)}[kind]
+    scales, q, meant = torch.ones(-(-O // rows), -(-I // columns)), torch.empty(O, I, dtype=torch.float8_e4m3fn), torch.empty(O, I)
+    for r in range(scales.shape[0]):
+        for c in range(scales.shape[1]):
+            where = slice(r * rows, (r + 1) * rows), slice(c * columns, (c + 1) * columns)
+            scales[r, c] = 2.0 ** (weight[where].abs().max() / 448).log2().ceil()  # a power of two, so that E8M0 holds it too
+            q[where] = (weight[where] / scales[r, c]).to(torch.float8_e4m3fn)
+            meant[where] = q[where].float() * scales[r, c]
+    return q, scales, meant
+
+
+FINE = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+W8 = {"num_bits": 8, "type": "float", "symmetric": True}
+SPELLINGS = {  # kind of scale, its shape in the file, its name, quantization_config
+    "deepseek": ("block", None, "weight_scale_inv", FINE),
+    "ue8m0": ("block", None, "weight_scale_inv", FINE | {"scale_fmt": "ue8m0"}),
+    "small blocks": ("block", None, "weight_scale_inv", FINE | {"weight_block_size": [16, 16]}),
+    "no method": ("block", None, "weight_scale_inv", {"weight_block_size": [128, 128]}),
+    "static tensor": ("tensor", (), "weight_scale", {"quant_method": "fp8", "activation_scheme": "static"}),
+    "one number": ("tensor", (1,), "weight_scale_inv", {"quant_method": "fp8", "activation_scheme": "static"}),
+    "qwen static": ("tensor", (), "weight_scale", OTHERS["Qwen/Qwen3-32B-FP8-Static-PerTensor"]["config"]["quantization_config"]),
+    "red hat dynamic": ("row", (-1, 1), "weight_scale", {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {
+        "group_0": {"weights": W8 | {"strategy": "channel"}, "input_activations": {"dynamic": True, "strategy": "token"}}}, "ignore": ["lm_head"]}),
+    "red hat blocks": ("block", None, "weight_scale", {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {
+        "group_0": {"weights": W8 | {"strategy": "block", "block_structure": [128, 128]}}}}),
+    "modelopt": ("tensor", (), "weight_scale", {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_scheme": {"num_bits": 8, "type": "float"}}),
+    "modelopt blocks": ("block", "4d", "weight_scale", {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}),
+    "fbgemm": ("row", (-1, 1), "weight_scale", {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
+    "flat rows": ("row", (-1,), "weight_scale", {"quant_method": "fp8", "activation_scheme": "dynamic"}),
+    "beside": ("tensor", (), "weight_scale", ...),
+}
+
+
+def write_fp8(folder: Path, package: str, kind: str, spelling: str = "deepseek", plain: bool = False, **changes) -> Path:
+    """Projections in FP8 (or, plain, what those mean); with the scales of activations and cache that such files hold."""
+    _, shape, name_of_scale, quantization = SPELLINGS[spelling]
+    folder.mkdir(parents=True, exist_ok=True)
+    config = CONFIGS[package](**{"tie_word_embeddings": False, "hidden_size": 136, "torch_dtype": "float32"} | changes)
+    tensors = {}
+    for name, size in shapes_of(config).items():
+        if "_proj" in name:
+            q, scale, meant = quantise(seeded_tensor(name, size, 0.1), kind, 16 if spelling == "small blocks" else 128)
+            tensors[name] = meant if plain else q
+            if not plain:
+                scale = scale[:, None, :, None].contiguous() if shape == "4d" else scale.reshape(scale.shape if shape is None else shape)
+                scale = scale.to(torch.float8_e8m0fnu) if spelling == "ue8m0" else scale
+                tensors[name.replace(".weight", f".{name_of_scale}")] = scale
+                tensors[name.replace(".weight", ".input_scale")] = torch.ones(())
+    if not plain:
+        tensors["model.layers.0.self_attn.k_proj.k_scale"] = torch.ones(())
+        if quantization is not ...:
+            config["quantization_config"] = quantization
+        else:
+            (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}))
+    return write_checkpoint(folder, config, **tensors)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_fp8_is_what_its_scales_mean(tmp_path, package, spelling):
+    kind = SPELLINGS[spelling][0]
+    folder = write_fp8(tmp_path / "fp8", package, kind, spelling)
+    meant = logits(package, write_fp8(tmp_path / "meant", package, kind, spelling, plain=True))
+    model = module(package, "weights").load_model(folder)
+    with torch.inference_mode():
+        assert torch.equal(model(IDS), meant)
+    assert torch.equal(logits(package, folder, dtype="float32"), meant)
+    projections = [p for name, p in model.named_parameters() if name.endswith("_proj.weight")]
+    assert projections and {p.dtype for p in projections} == {torch.float8_e4m3fn}
+    assert module(package, "weights").bytes_in_memory(folder) == sum(p.nbytes for p in model.parameters())
+    (note,) = model.config.notes
+    assert "activations and cache stay in a wider type" in note and "(input_scale, k_scale not used)" in note
+
+
+UNREADABLE = {
+    "awq": {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "modules_to_not_convert": ["x" * 50] * 99}},
+    "gptq": {"quantization_config": {"quant_method": "gptq", "bits": 8, "desc_act": False}},
+    "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}},
+    "bitsandbytes, no method": {"quantization_config": {"load_in_4bit": True}},
+    "mlx": {"quantization": {"group_size": 64, "bits": 4}, "quantization_config": {"group_size": 64, "bits": 4}},
+    "nvfp4": {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
+    "int4": {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {
+        "group_0": {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}}}, "ignore": ["x" * 60] * 99}},
+    "int8": {"quantization_config": {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {
+        "group_0": {"weights": {"num_bits": 8, "type": "int"}}}}},
+    "hadamard": {"quantization_config": {"quant_method": "compressed-tensors", "format": "float-quantized", "transform_config": {"R1": {}},
+                                         "config_groups": {"group_0": {"weights": W8}}}},
+    "sparse": {"quantization_config": {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"},
+                                       "config_groups": {"group_0": {"weights": W8}}}},
+    "e5m2": {"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}},
+    "blocks of one number": {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
+}
+
+
+@pytest.mark.parametrize("changes", UNREADABLE.values(), ids=UNREADABLE)
+def test_other_quantised_weights_are_refused_in_a_short_sentence(tmp_path, package, changes):
+    write(tmp_path, package, **changes)
+    with pytest.raises(ValueError, match="get (such a|the) release") as error:
+        module(package, "weights").load_model(tmp_path)
+    assert is_one_sentence(error, tmp_path)
+
+
+# Other models and other files
+
+RUNS = {"zai-org/GLM-4.7-Flash": "deepseek_v3", "Qwen/Qwen3-32B-FP8-Static-PerTensor": "qwen3", "Qwen/Qwen3-30B-A3B-FP8": "qwen3_moe",
+        "Qwen/Qwen3-235B-A22B-FP8": "qwen3_moe", "nvidia/DeepSeek-V3.1-NVFP4": "deepseek_v3"}  # the last: its tensors tell
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_real_configs_of_other_releases(tmp_path, package, name):
+    (tmp_path / "config.json").write_text(json.dumps(OTHERS[name]["config"]))
+    if "hf_quant_config" in OTHERS[name]:
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps(OTHERS[name]["hf_quant_config"]))
+    if RUNS.get(name) == package:
+        change_config(tmp_path, rope_theta=1e6)  # GLM's public copy is shortened
+        assert module(package, "config").Config.from_checkpoint(tmp_path).vocab_size > 100_000
+        return
+    with pytest.raises(ValueError) as error:
+        module(package, "config").Config.from_checkpoint(tmp_path)
+    assert is_one_sentence(error, tmp_path)
+    if "NVFP4" in name and OTHERS[name]["config"]["model_type"] == package:
+        assert "NVFP4, 4 bits" in str(error.value)
+
+
+NO_GENERATORS = {
+    "classifier": ({"architectures": ["Qwen3ForSequenceClassification"]}, "a classifier, reward or reranking model"),
+    "guard": ({"architectures": ["Qwen3ForGuardModel"]}, "a classifier, reward or reranking model"),
+    "reward": ({"architectures": ["Qwen3ForRewardModel"]}, "a reward or reranking model"),
+    "embedding": ({"architectures": ["Qwen3Model"]}, "an embedding model"),
+    "eagle": ({"architectures": ["LlamaForCausalLMEagle3"]}, "a draft model"),
+    "draft": ({"draft_vocab_size": 32000}, "a draft model"),
+    "seeing": ({"vision_config": {"depth": 3}}, "a model of more than text"),
+}
+
+
+@pytest.mark.parametrize("changes, what", NO_GENERATORS.values(), ids=NO_GENERATORS)
+def test_what_generates_no_text_is_said_to(tmp_path, package, changes, what):
+    write(tmp_path, package, **changes)
+    with pytest.raises(ValueError, match=what) as error:
+        module(package, "weights").load_model(tmp_path)
+    assert is_one_sentence(error, tmp_path)
+
+
+def touch(name: str, text: str = "{}"):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def add(**tensors: torch.Tensor):
+    return lambda folder: save_file(tensors_of(folder) | {n.replace("__", "."): t for n, t in tensors.items()}, folder / "model.safetensors")
+
+
+FOLDERS = {
+    "lora": (touch("adapter_config.json"), "a LoRA adapter .*merge"), "sentence transformers": (touch("modules.json", "[]"), "an embedding or reranking"),
+    "gguf": (lambda f: [p.unlink() for p in f.iterdir()] and touch("x.gguf")(f), "GGUF files, which llama.cpp runs"),
+    "gguf with config": (lambda f: (f / "model.safetensors").rename(f / "x.gguf"), "only GGUF files"),
+    "params.json": (lambda f: (f / "config.json").rename(f / "params.json"), "params.json and no config.json"),
+    "score": (add(score__weight=torch.ones(1, 40)), "score.weight is the head of a classifier or reward model"),
+    "value head": (add(v_head__summary__weight=torch.ones(1, 40)), "v_head.summary.weight is the head of"),
+    "eagle": (add(d2t=torch.ones(3)), "d2t is part of a draft model"),
+    "no prefix": (lambda f: save_file({n.removeprefix("model."): t for n, t in tensors_of(f).items()}, f / "model.safetensors"), "lack 'model.'"),
+}
+
+
+@pytest.mark.parametrize("damage, what", FOLDERS.values(), ids=FOLDERS)
+def test_folders_of_something_else_are_said_to_be(tmp_path, package, damage, what):
+    damage(write(tmp_path, package))
+    with pytest.raises((ValueError, FileNotFoundError), match=what) as error:
+        module(package, "weights").load_model(tmp_path)
+    assert is_one_sentence(error, tmp_path)
+
+
+def test_fields_of_config_that_change_the_result_are_refused_by_name(tmp_path, package):
+    for name, value in {"is_causal": False, "dual_chunk_attention_config": {"chunk_size": 262144}, "llama_4_scaling": {"beta": 0.1},
+                        "index_topk": 2048, "swiglu_limit": 7.0, "final_logit_softcapping": 30.0, "attn_output_gate": True, "use_qk_norm": False,
+                        "repetition_penalty": 1.05, "num_beams": 4, "layer_types": ["full_attention"] * 2 + ["sliding_attention"]}.items():
+        write(tmp_path, package, **{name: value})
+        with pytest.raises(ValueError, match=f"config.json: {name}") as error:
+            module(package, "config").Config.from_checkpoint(tmp_path)
+        assert is_one_sentence(error, tmp_path) and "['full" not in str(error.value)
+    write(tmp_path, package, is_causal=True, dual_chunk_attention_config=None, swiglu_limit=None, use_qk_norm=True, repetition_penalty=1.0,
+          num_beams=1, layer_types=["full_attention"] * 3, unsloth_version="2026.1", pretraining_tp=1, sliding_window=None)
+    module(package, "config").Config.from_checkpoint(tmp_path)
+
+
+# generation_config.json
+
+def sampling_of(folder: Path, package: str, generation: dict):
+    (write(folder, package) / "generation_config.json").write_text(json.dumps(generation))
+    config = module(package, "config").Config.from_checkpoint(folder)
+    return {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+            if getattr(config, name) is not None}
+
+
+def test_what_generation_config_asks_for(tmp_path, package):
+    coder = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "pad_token_id": 1, "transformers_version": "4"}
+    assert sampling_of(tmp_path, package, coder) == {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
+    assert sampling_of(tmp_path, package, {"do_sample": True, "top_k": -1, "min_p": 0.05, "presence_penalty": -1.5}) == {
+        "temperature": 1.0, "min_p": 0.05, "presence_penalty": -1.5}
+    assert sampling_of(tmp_path, package, {"do_sample": False, "temperature": 0.7, "min_p": 0.1, "repetition_penalty": 2.0}) == {
+        "temperature": 0.0, "repetition_penalty": 2.0}
+    assert sampling_of(tmp_path, package, {"max_length": 5, "max_new_tokens": 2048, "use_cache": False, "_from_model_config": True,
+                                           "repetition_penalty": 1.0, "min_p": 0.0, "num_beams": 1, "suppress_tokens": None}) == {"temperature": 0.0}
+
+
+TURNED_ON = {"no_repeat_ngram_size": 3, "num_beams": 4, "suppress_tokens": [1], "bad_words_ids": [[1]], "min_new_tokens": 5, "min_length": 3,
+             "typical_p": 0.9, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01, "forced_eos_token_id": 2, "begin_suppress_tokens": [2],
+             "sequence_bias": {"(1,)": 2.0}, "guidance_scale": 1.5, "encoder_repetition_penalty": 1.2, "penalty_alpha": 0.6, "top_h": 0.4,
+             "watermarking_config": {"bias": 2.0}, "frequency_penalty": 0.5, "forced_bos_token_id": 1, "token_healing": True,
+             "exponential_decay_length_penalty": [5, 1.1], "xtc_probability": 0.5, "num_beam_groups": 2, "dola_layers": "high"}
+WRONG = {"repetition_penalty": 0, "min_p": 1.5, "presence_penalty": "1", "top_k": -2, "temperature": True}
+
+
+@pytest.mark.parametrize("name, value", [*TURNED_ON.items(), *WRONG.items()])
+def test_what_would_change_the_text_is_refused_by_name(tmp_path, package, name, value):
+    with pytest.raises(ValueError, match=f"generation_config.json: {name} is ") as error:
+        sampling_of(tmp_path, package, {"do_sample": True, name: value})
+    assert is_one_sentence(error, tmp_path)
+
+
+# RoPE and dtype
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def test_fields_of_yarn_that_change_nothing_and_both_objects_when_they_agree(tmp_path, package):
+    read = module(package, "config").Config.from_checkpoint
+    plain = read(write(tmp_path, package, rope_scaling=YARN)).rope_scaling
+    for changes in ({"rope_scaling": YARN | {"partial_rotary_factor": 1.0, "finetuned": True, "max_position_embeddings": 256, "attn_factor": 1.0}},
+                    {"rope_scaling": YARN, "rope_parameters": YARN | {"rope_theta": 1e4}}):
+        assert read(write(tmp_path, package, **changes)).rope_scaling == plain
+    for changes in ({"rope_scaling": YARN | {"partial_rotary_factor": 0.5}},
+                    {"rope_scaling": YARN | {"factor": 2.0}, "rope_parameters": YARN | {"rope_theta": 1e4}},
+                    {"rope_scaling": YARN | {"attn_factor": 0.9, "attention_factor": 0.9}}):
+        with pytest.raises(ValueError, match="rope_scaling"):
+            read(write(tmp_path, package, **changes))
+
+
+def test_attn_factor_multiplies_what_yarn_puts_on_cos_and_sin(tmp_path, package):
+    """DeepSeek-R1-0528-Qwen3-8B: 0.8782488562869419 is 1 / (0.1 ln 4 + 1), so that the factor is exactly 1."""
+    released = logits(package, write(tmp_path / "released", package, rope_scaling=YARN | {"attn_factor": 0.8782488562869419}))
+    one = logits(package, write(tmp_path / "one", package, rope_scaling=YARN | {"attention_factor": 1.0}))
+    without = logits(package, write(tmp_path / "without", package, rope_scaling=YARN))
+    assert torch.allclose(released, one, rtol=0, atol=1e-5 * float(one.abs().max())) and not torch.allclose(without, one, atol=1e-2)
+
+
+@pytest.mark.parametrize("spelled, dtype", [("torch.bfloat16", torch.bfloat16), ("half", torch.float16), ("float", torch.float32), ("auto", None),
+                                            ("torch.half", torch.float16)])
+def test_types_are_read_as_transformers_reads_them(tmp_path, package, spelled, dtype):
+    for name in ("torch_dtype", "dtype"):
+        folder = write(tmp_path, package, torch_dtype=None)
+        change_config(folder, **{name: spelled})
+        assert module(package, "config").Config.from_checkpoint(folder).dtype == dtype
+    model = module(package, "weights").load_model(folder)
+    assert model.model.norm.weight.dtype == (dtype or torch.float32)
+
+
+# Damaged files: the library's own verdict, and what is saved
+
+def rewrite(path: Path, change) -> None:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8:8 + length]), data[8 + length:]
+    text, body = change(header, body)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+def overlap(header: dict, body: bytes) -> tuple[bytes, bytes]:
+    a, b = "model.layers.0.input_layernorm.weight", "model.layers.1.input_layernorm.weight"
+    header[a]["data_offsets"] = header[b]["data_offsets"]
+    return json.dumps(header).encode(), body
+
+
+def hole(header: dict, body: bytes) -> tuple[bytes, bytes]:
+    for entry in header.values():
+        if "data_offsets" in entry and entry["data_offsets"][0]:
+            entry["data_offsets"] = [place + 4096 for place in entry["data_offsets"]]
+    return json.dumps(header).encode(), body[:4096] + body
+
+
+DAMAGED = {"overlap": overlap, "hole": hole, "behind the end": lambda h, b: (json.dumps(h).encode(), b + b"\0" * 8),
+           "a mark in front": lambda h, b: (b"\xef\xbb\xbf" + json.dumps(h).encode(), b),
+           "metadata of numbers": lambda h, b: (json.dumps(h | {"__metadata__": {"a": 1}}).encode(), b),
+           "twice": lambda h, b: (json.dumps(h).encode()[:-1] + b', "__metadata__": {}, "__metadata__": {}}', b)}
+
+
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
+def test_what_the_library_refuses_is_refused(tmp_path, package, damage):
+    path = write(tmp_path, package) / "model.safetensors"
+    rewrite(path, damage)
+    with pytest.raises(ValueError, match="truncated or damaged") as error:
+        module(package, "weights").load_model(tmp_path)
+    assert is_one_sentence(error, tmp_path)
+    with pytest.raises(Exception):  # noqa: B017  the library's own verdict
+        load_file(path)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_saving_and_copying_write_the_numbers_and_no_more(tmp_path, package, fp8):
+    folder = write_fp8(tmp_path, package, "block") if fp8 else write(tmp_path, package, torch.bfloat16, torch_dtype="bfloat16")
+    model = module(package, "weights").load_model(folder)
+    state, size = model.state_dict(), sum(p.nbytes for p in model.parameters())
+    saved = io.BytesIO()
+    torch.save(state, saved)
+    assert size < len(saved.getvalue()) < size + 1000 * len(state)
+    one = io.BytesIO()
+    torch.save(model.model.norm.weight, one)
+    assert len(one.getvalue()) < 3000
+    pickled = pickle.dumps(model)
+    assert size < len(pickled) < size + 1500 * sum(1 for _ in model.modules())
+    with torch.inference_mode():
+        for other in (copy.deepcopy(model), pickle.loads(pickled)):
+            assert torch.equal(other(IDS), model(IDS))
+    saved.seek(0)
+    again = torch.load(saved, weights_only=True)
+    assert set(again) == set(state) and all(torch.equal(again[name].float(), state[name].float()) for name in state)
+
+
+def test_freed_memory_heeds_ulimit_and_both_versions_of_cgroups(tmp_path, monkeypatch):
+    memory = module("qwen3", "engine.memory")
+    proc, root = tmp_path / "proc", tmp_path / "cgroup"
+    for name, text in {"proc/self/cgroup": "4:memory:/a/b\n1:cpu:/\n0::/c/d\n", "proc/self/status": "VmSize:\t 3000 kB\nVmData: 1000 kB\n",
+                       "proc/meminfo": "MemTotal: 9 kB\nMemAvailable:  5000 kB\n",
+                       "cgroup/memory/a/b/memory.limit_in_bytes": str((1 << 63) - 4096), "cgroup/memory/a/b/memory.usage_in_bytes": "5",
+                       "cgroup/memory/a/memory.limit_in_bytes": "9000000", "cgroup/memory/a/memory.usage_in_bytes": "5000000",
+                       "cgroup/memory/a/memory.stat": "total_inactive_file 1000000\n",
+                       "cgroup/c/d/memory.max": "max\n", "cgroup/c/d/memory.current": "7"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert memory.free_of_machine(proc) == 5000 * 1024
+    assert memory.free_of_cgroup(proc, root) == 5_000_000
+    (root / "c/memory.max").write_text("3000000")
+    (root / "c/memory.current").write_text("1000000")
+    assert memory.free_of_cgroup(proc, root) == 2_000_000
+    limits = {"RLIMIT_AS": 4_000_000, "RLIMIT_DATA": memory.resource.RLIM_INFINITY}
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda which: next(
+        (limit, limit) for name, limit in limits.items() if getattr(memory.resource, name) == which))
+    assert memory.free_of_limits(proc) == 4_000_000 - 3000 * 1024
+    assert memory.free_of_machine(tmp_path) is None and memory.free_of_cgroup(tmp_path, root) is None
