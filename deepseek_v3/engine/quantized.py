@@ -18,18 +18,17 @@ FP8 = torch.float8_e4m3fn
 class FP8Linear(Linear):
     """y = x W^T with W (out, in) in FP8; dequantised as it is used. `block`: rows and columns that share a scale."""
 
-    def __init__(self, in_features: int, out_features: int, block: tuple[int, int]):
-        super().__init__(in_features, out_features)
-        self.block = block
-        grid = grid_of((out_features, in_features), block)
-        self.weight_scale_inv = nn.Parameter(torch.empty(grid), requires_grad=False)
+    def __init__(self, linear: Linear, block: tuple[int, int]):
+        nn.Module.__init__(self)
+        self.weight, self.block = linear.weight, block
+        self.register_parameter("weight_scale_inv", None)  # loading puts it there
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         return dequantize(self.weight, self.weight_scale_inv, dtype, self.block)
 
     # PyTorch's pickle (not torch.save) writes 8-bit floats and cannot read them: it gets their bytes.
     def __getstate__(self) -> dict:
-        names = {name: p.dtype for name, p in self._parameters.items() if p.dtype.itemsize == 1}
+        names = {name: p.dtype for name, p in self._parameters.items() if p is not None and p.dtype.itemsize == 1}
         return self.__dict__ | {"eight_bits": names, "_parameters": {
             name: p.data.view(torch.uint8) if name in names else p for name, p in self._parameters.items()}}
 
@@ -73,6 +72,5 @@ def grid_of(weight: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
 def swap_in_fp8(model: nn.Module, name: str, block: tuple[int, int]) -> None:
     """Replace the Linear at `name` by one of FP8, before anything is loaded."""
     parent, _, leaf = name.rpartition(".")
-    O, I = model.get_submodule(name).weight.shape
-    with torch.device("meta"):
-        setattr(model.get_submodule(parent), leaf, FP8Linear(I, O, block))
+    parent = model.get_submodule(parent)
+    setattr(parent, leaf, FP8Linear(getattr(parent, leaf), block))
