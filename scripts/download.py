@@ -1,5 +1,6 @@
-"""Get a published checkpoint into checkpoints/: python -m scripts.download PACKAGE [NAME], or bash scripts/download_PACKAGE.sh.
+"""Get a published checkpoint into checkpoints/: bash scripts/download_PACKAGE.sh [NAME].
 
+Also `python -m scripts.download PACKAGE [NAME]`; --help lists the flags. hub.py asks the hub, fetch.py writes files.
 HF_ENDPOINT chooses another hub, HF_TOKEN is sent along. Run it again after an interruption: it goes on.
 """
 
@@ -39,7 +40,7 @@ GIGABYTES = {  # about; the hub says exactly. The first of each is the default.
         "Qwen3-235B-A22B-Thinking-2507-FP8": 236.4, "Qwen3-Coder-30B-A3B-Instruct-FP8": 31.2,
         "Qwen3-Coder-480B-A35B-Instruct-FP8": 482.2},
     "deepseek_v3": {
-        "Moonlight-16B-A3B-Instruct": 31.9, "Moonlight-16B-A3B": 31.9, "GLM-4.7-Flash": 62.0,
+        "Moonlight-16B-A3B-Instruct": 31.9, "Moonlight-16B-A3B": 31.9, "GLM-4.7-Flash": 62.4,
         "DeepSeek-V3": 688.6, "DeepSeek-V3-Base": 688.6, "DeepSeek-V3-0324": 688.6, "DeepSeek-V3.1": 688.6,
         "DeepSeek-V3.1-Base": 688.6, "DeepSeek-R1": 688.6, "DeepSeek-R1-0528": 688.6,
         "Kimi-K2-Instruct": 1029.2, "Kimi-K2-Base": 1029.2, "Kimi-K2-Instruct-0905": 1029.2},
@@ -99,7 +100,8 @@ def find(package: str, asked: str) -> str:
     if home and owner.lower() not in ("", owner_of(found).lower()):
         raise Failure(2, f"{asked[:80]} is not known here; {owner_of(found)}/{found} is")
     if home:
-        raise Failure(2, f"{found} is not a published {KINDS[package]}; get it with: bash scripts/download_{home}.sh {found}")
+        raise Failure(2, f"{found} is not a published {KINDS[package]}; get it with: "
+                         f"bash scripts/download_{home}.sh {found}")
     near = difflib.get_close_matches(name.lower(), [each for each in known if known[each][1] == package], 1, 0.5)
     far = difflib.get_close_matches(name.lower(), known, 1, 0.85)
     meant, home = known[(far or near or [next(iter(GIGABYTES[package])).lower()])[0]]
@@ -139,8 +141,8 @@ class Progress:
         if rate >= 1:
             left = round((self.total - bytes_now) / rate)
             hours, minutes = divmod(left // 60, 60)
-            time_left = f"{hours} h {minutes} min" if hours else f"{minutes} min {left % 60} s" if minutes else f"{left} s"
-            text += f", {in_units(rate)}/s, {time_left} left"
+            words = f"{hours} h {minutes} min" if hours else f"{minutes} min {left % 60} s" if minutes else f"{left} s"
+            text += f", {in_units(rate)}/s, {words} left"
         return text
 
     def draw(self) -> None:
@@ -218,15 +220,19 @@ def get(there, folder: Path, files: list, wanted: re.Pattern, package: str, name
         if not verified.is_whole(file):
             missing.append(file)
     last = [file for file in files if file.name == "config.json"]
-    if missing and last and last[0] not in missing:
-        (folder / "config.json").replace(folder / last[0].part)
-        missing += last
+    if missing and last:
+        if last[0] in missing:  # of another revision, perhaps
+            (folder / "config.json").unlink(missing_ok=True)
+        else:
+            (folder / "config.json").replace(folder / last[0].part)
+            missing += last
     job = fetch.Fetch(there, folder, verified, missing)
     free = shutil.disk_usage(folder).free  # of the disk where the folder really is, if it is a link
     if job.needed > free + job.replaced:
-        raise hub.Failure(2, f"{name} needs {in_units(job.needed)} more, and the disk of {folder} has {in_units(free)} free")
-    note(f"{there.repository} at {there.commit[:12]}: {len(missing)} of {len(files)} files to get, {in_units(job.to_come)}"
-         + (f"; {len(job.cached)} are in the Hugging Face cache" if job.cached else ""))
+        raise hub.Failure(2, f"{name} needs {in_units(job.needed)} more, and the disk of {folder} has {in_units(free)} "
+                             "free")
+    note(f"{there.repository} at {there.commit[:12]}: {len(missing)} of {len(files)} files to get, "
+         + in_units(job.to_come) + (f"; {len(job.cached)} are in the Hugging Face cache" if job.cached else ""))
     if job.to_come and wanted is NEEDED:
         note(memory_note(package, GIGABYTES[package][name]))
     progress = Progress(sum(file.size for file in missing), job.done)
@@ -270,12 +276,13 @@ def main(words: list[str]) -> int:
         return 130
     except OSError as error:  # the network's errors are others
         what = error.strerror or type(error).__name__
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
         cure = "make room, then run this again: it goes on" if full else "see to it, then run this again"
         note(f"download: cannot write {str(error.filename or CHECKPOINTS)[-120:]}: {what}; {cure}")
         return 2
     except Exception as error:
-        note(f"download: {error}" if hasattr(error, "code") else f"download: {type(error).__name__}: {str(error)[:200]}")
+        text = str(error) if hasattr(error, "code") else f"{type(error).__name__}: {str(error)[:200]}"
+        note(f"download: {text}")
         return getattr(error, "code", 1)
 
 

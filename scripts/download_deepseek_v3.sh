@@ -1,5 +1,5 @@
 #!/bin/sh
-# Gets a published checkpoint of DeepSeek-V3's architecture into checkpoints/: bash scripts/download_deepseek_v3.sh [NAME]; --list names them.
+# Gets a published checkpoint of DeepSeek-V3's architecture into checkpoints/; --list names them, --help the flags.
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd) || exit 2
 command -v uv >/dev/null || { echo "download: uv is missing; get it with 'pip install uv'" >&2; exit 2; }
 [ -d "${UV_PROJECT_ENVIRONMENT:-$root/.venv}" ] || echo "download: setting up first, once: 3 GB, most of it PyTorch" >&2

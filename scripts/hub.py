@@ -138,8 +138,9 @@ class Hub:
             if grown := progress() > best:
                 best, tries = progress(), 0
             if tries >= min(trouble.tries, len(WAITS)):
-                raise Failure(1, f"cannot get {name or self.repository} from {self.endpoint[:60]} ({str(trouble)[:80]}; tried "
-                                 f"{tries + 1} times); check the network, then run this again: it goes on where it stopped")
+                raise Failure(1, f"cannot get {name or self.repository} from {self.endpoint[:60]} "
+                                 f"({str(trouble)[:80]}; tried {tries + 1} times); check the network, then run this "
+                                 "again: it goes on where it stopped")
             wait = max(trouble.wait, WAITS[tries])
             tries += 1
             if not grown:
@@ -152,8 +153,8 @@ class Hub:
     def trouble(self, error: Exception) -> Trouble:
         text = str(error) or type(error).__name__
         if "CERTIFICATE_VERIFY_FAILED" in text:
-            raise Failure(1, f"the certificate of {self.endpoint[:80]} is not trusted; behind a proxy that has its own, set "
-                             "SSL_CERT_FILE to it") from None
+            raise Failure(1, f"the certificate of {self.endpoint[:80]} is not trusted; behind a proxy that has its "
+                             "own, set SSL_CERT_FILE to it") from None
         if isinstance(error, httpx.TimeoutException):
             return Trouble(f"nothing came for {self.timeout} s")
         return Trouble(f"no connection: {text}" if isinstance(error, httpx.ConnectError) else text)

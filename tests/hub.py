@@ -2,12 +2,17 @@
 
 import hashlib
 import json
+import random
 import threading
 import time
 from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs
+
+from huggingface_hub import constants
+
+from scripts import download, hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -43,6 +48,7 @@ class Server:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.handle_error = lambda *_: None  # whoever asked was killed
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
@@ -150,3 +156,56 @@ class Cdn(Server):
         if int(parse_qs(query)["signature"][0]) <= self.expired:
             return self.send(request, 403, b"<Error>Request has expired</Error>")
         return self.hub.file(request, path.removeprefix("/"))
+
+
+WEIGHTS, SIZE = "model-2-of-2.safetensors", 300_000
+
+
+def random_files(folder: Path) -> Path:
+    """A checkpoint by its names: the bytes are random."""
+    made = random.Random(1)
+    for name in ("model-1-of-2.safetensors", WEIGHTS, "tokenizer.json", "tokenizer_config.json", "config.json"):
+        (folder / name).write_bytes(made.randbytes(SIZE if name.endswith("safetensors") else 2000))
+    (folder / "README.md").write_text("not needed")
+    return folder
+
+
+class Place:
+    """scripts/download.py in this process, with a hub and folders of its own."""
+
+    def __init__(self, root: Path, published: Path, monkeypatch, capfd):
+        self.hub, self.published, self.capfd = Hub(published, "Qwen/Qwen3-0.6B"), published, capfd
+        self.folder, self.cache = root / "checkpoints/Qwen3-0.6B", root / "cache"
+        for name, value in {"ENDPOINT": self.hub.url, "HF_HUB_CACHE": str(self.cache), "HF_TOKEN_PATH": str(root / "token"),
+                            "HF_HUB_DOWNLOAD_TIMEOUT": 1, "HF_HUB_OFFLINE": False}.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(download, "CHECKPOINTS", root / "checkpoints")
+        monkeypatch.setattr(hub, "WAITS", (0.01,) * 4)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+
+    def get(self, *words: str, package: str = "qwen3") -> tuple[int, str, str]:
+        code = download.main([package, *words])
+        out, err = self.capfd.readouterr()
+        assert all(len(line) < 300 for line in err.splitlines())
+        return code, out, err
+
+    def transfers(self) -> list[tuple[str, str | None]]:
+        """(file, range) of every file that was asked for, and forget them."""
+        asked = [(path.rpartition("/")[2], wanted) for _, path, wanted, _ in self.hub.log if "/resolve/" in path]
+        self.hub.log.clear()
+        return asked
+
+    def is_whole(self) -> bool:
+        return all((self.folder / path.name).read_bytes() == path.read_bytes() for path in self.published.iterdir()
+                   if path.name != "README.md") and not list(self.folder.glob("*.part"))
+
+    def part(self, data: bytes, name: str = WEIGHTS) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (entry,) = [entry for entry in self.hub.files if entry["rfilename"] == name]
+        (path := self.folder / f"{name}.{entry['blobId'][:8]}.part").write_bytes(data)
+        return path
+
+    def bytes(self, name: str = WEIGHTS) -> bytes:
+        return (self.published / name).read_bytes()
