@@ -45,9 +45,8 @@ GIGABYTES = {  # about; the hub says exactly. The first of each is the default.
         "DeepSeek-V3.1-Base": 688.6, "DeepSeek-R1": 688.6, "DeepSeek-R1-0528": 688.6,
         "Kimi-K2-Instruct": 1029.2, "Kimi-K2-Base": 1029.2, "Kimi-K2-Instruct-0905": 1029.2},
 }
-TOKENIZER = re.compile(r"(tokenizer|tokenizer_config)\.json|chat_template\.jinja|tiktoken\.model")
-NEEDED = re.compile(TOKENIZER.pattern + r"|(config|generation_config|model\.safetensors\.index)\.json"
-                    r"|[^/\\]+\.safetensors")
+TOKENIZER = re.compile(r"(tokenizer|tokenizer_config|config)\.json|chat_template\.jinja|tiktoken\.model")
+NEEDED = re.compile(TOKENIZER.pattern + r"|(generation_config|model\.safetensors\.index)\.json|[^/\\]+\.safetensors")
 LARGE = 200  # gigabytes, of which one asks first
 
 
@@ -214,6 +213,8 @@ def get(there, folder: Path, files: list, wanted: re.Pattern, package: str, name
     from scripts import fetch, hub
 
     verified, missing = fetch.Verified(folder), []
+    if wanted is TOKENIZER and any(folder.glob("*.safetensors*")):
+        files = [file for file in files if file.name != "config.json"]  # it comes after the weights, which have begun
     for file in files:
         if (folder / file.name).is_file() and not verified.is_known(file):
             note(f"checking {file.name}, which is there")

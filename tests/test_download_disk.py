@@ -85,7 +85,13 @@ def test_the_hugging_face_cache_is_used(place, monkeypatch, another_disk):
 def test_only_the_tokenizer(place):
     code, out, err = place.get("--only-tokenizer")
     assert code == 0 and out == f"{place.folder}\n" and "memory" not in err
-    assert sorted(os.listdir(place.folder)) == [fetch.RECORD, "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(os.listdir(place.folder)) == [fetch.RECORD, "config.json", "tokenizer.json", "tokenizer_config.json"]
+    place.hub.transfers.extend([(404, b"", {})])
+    assert place.get()[0] == 1 and not (place.folder / "config.json").exists()
+    place.part(place.bytes()[:1000])  # the weights have begun: config.json comes after them
+    (place.folder / "tokenizer.json").unlink(missing_ok=True)
+    assert place.get("--only-tokenizer")[0] == 0 and (place.folder / "tokenizer.json").exists()
+    assert not (place.folder / "config.json").exists()
     assert place.get()[0] == 0 and place.is_whole()
     assert place.get("DeepSeek-R1", "--only-tokenizer", package="deepseek_v3")[0] == 1  # 689 GB were not asked about
 
