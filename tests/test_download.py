@@ -134,12 +134,12 @@ def test_killed_at_random_moments_nothing_wrong_has_a_final_name(clone, publishe
     clone.hub = Hub(published, "Qwen/Qwen3-0.6B")
     clone.environment["HF_ENDPOINT"] = clone.hub.url
     clone.hub.speed, before = 200_000, 0
-    for _ in range(6):
+    for _ in range(4):
         process = clone.start()
         deadline = time.monotonic() + 30
         while not clone.hub.log and time.monotonic() < deadline:  # it has begun
             time.sleep(0.01)
-        time.sleep(made.uniform(0, 0.7))
+        time.sleep(made.uniform(0, 0.5))
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate(timeout=30)
         clone.hub.log.clear()
