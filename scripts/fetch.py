@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -170,8 +171,10 @@ class Fetch:
                 draw()
         except BaseException:
             self.hub.stop.set()
-            for thread in threads:
-                thread.join(1)  # who waits for the network still is a daemon and ends with the program
+            until = time.monotonic() + 0.5
+            for thread in threads:  # who waits for the network still is a daemon and ends with the program
+                if thread.ident:
+                    thread.join(max(until - time.monotonic(), 0))
             raise
         self.hub.tell()
         if failures:

@@ -181,7 +181,7 @@ def test_one_line_of_progress_on_a_terminal(clone, terminal):
     import pty
     controller, handle = pty.openpty()
     clone.environment |= {"TERM": terminal, "NO_COLOR": "1", "COLUMNS": "60"}
-    clone.hub.speed = 150_000
+    clone.hub.speed = 250_000
     process = subprocess.Popen(["sh", str(clone.script)], env=clone.environment, stdout=subprocess.DEVNULL, stderr=handle)
     os.close(handle)
     seen = b""
