@@ -112,7 +112,7 @@ def test_damaged_settings_are_named(tmp_path, named, message):
 
 
 @pytest.mark.skipif(not (file := Path(__file__).parents[2] / "checkpoints/Moonlight-16B-A3B-Instruct/tiktoken.model").exists(),
-                    reason="needs the published file: bash scripts/download_deepseek_v3.sh")
+                    reason="needs the published file: bash scripts/download_deepseek_v3.sh --only-tokenizer")
 def test_the_published_ids():
     tokenizer = Tokenizer.from_checkpoint(file.parent)
     assert len(read_ranks(file)) == 163584 and module.SPECIAL == 256

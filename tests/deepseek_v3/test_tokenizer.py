@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 TINY = ROOT / "checkpoints/DeepSeek-V3-Tiny"
 FOLDERS = [ROOT / "checkpoints/DeepSeek-R1", ROOT.parent / "shared/tokenizers/DeepSeek-R1"]
 REAL = next((folder for folder in FOLDERS if (folder / "tokenizer.json").exists()), None)
-needs_real = pytest.mark.skipif(REAL is None, reason="needs the published tokenizer: bash scripts/download_deepseek_v3.sh DeepSeek-R1 --yes")
+needs_real = pytest.mark.skipif(REAL is None, reason="needs the published tokenizer: bash scripts/download_deepseek_v3.sh DeepSeek-R1 --only-tokenizer")
 # Renders of the published templates, with the ids of R1's tokenizer.
 RENDERS = json.loads((Path(__file__).parent / "chat_renders.json").read_text())
 NAMES = {"V3": "V3", "R1_first": "R1 first", "R1_updated": "R1", "V3.1": "V3.1"}

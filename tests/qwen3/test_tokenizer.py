@@ -18,7 +18,7 @@ REAL = next((folder for folder in FOLDERS if (folder / "tokenizer.json").exists(
 @pytest.fixture(scope="module", params=["embedded", "published"])
 def folder(request) -> Path:
     if request.param == "published" and REAL is None:
-        pytest.skip("needs the published tokenizer: bash scripts/download_qwen3.sh")
+        pytest.skip("needs the published tokenizer: bash scripts/download_qwen3.sh --only-tokenizer")
     return TINY if request.param == "embedded" else REAL
 
 
