@@ -218,7 +218,9 @@ def files_of_index(index: Path) -> dict[str, set[str]]:
     where: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         # A path from a downloaded file must not reach anything else on this machine.
-        if not isinstance(file, str) or Path(file).name != file or file in ("", "..") or "\\" in file or "\0" in file:
+        if isinstance(file, str) and (len(file.encode("utf-8", "replace")) > 255 or not file.isprintable()):
+            raise ValueError(f"{index}: {plain(name)} points to {short(file)}, which is no name of a file")
+        if not isinstance(file, str) or Path(file).name != file or file in ("", "..") or "\\" in file:
             raise ValueError(f"{index}: {plain(name)} points outside the folder, to {short(file)}")
         where.setdefault(file, set()).add(name)
     return where
