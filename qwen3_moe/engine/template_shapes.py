@@ -50,11 +50,11 @@ VALUE = r"'<\|im_start\|>system\\n' \+ (?P<{0}>\w+) \+ '<\|im_end\|>\\n'\n"
 SYSTEMS = [
     (rf"if {FIRST}\n{GIVEN}(?:else\n  out (?P<a>{STRING})\n)?", True),
     (rf"if messages\[0\]\.role != 'system'\n  out (?P<b>{STRING})\n(?:else\n{GIVEN}(?P<both>))?", False),
-    (rf"set (?P<v>\w+) = (?P<c>{STRING})\nif {FIRST}\n  set (?P=v) = messages\[0\]\.content\n(?:  set loop_messages = messages\[1:\]\n)?"
+    (rf"set (?P<v>\w+) = (?P<c>{STRING})\nif {FIRST}\n  set (?P=v) = messages\[0\]\.content(?:\._trim)?\n(?:  set loop_messages = messages\[1:\]\n)?"
      r"(?:if (?P=v)(?: is defined)?\n  )?out '<\|im_start\|>system\\n' \+ (?P=v) \+ '<\|im_end\|>\\n'\n", True),
-    (rf"if {FIRST}\n  set (?P<w>\w+) = messages\[0\]\.content\n(?:  set loop_messages = messages\[1:\]\n)?else\n  set (?P=w) = (?P<d>{STRING})\n"
+    (rf"if {FIRST}\n  set (?P<w>\w+) = messages\[0\]\.content(?:\._trim)?\n(?:  set loop_messages = messages\[1:\]\n)?else\n  set (?P=w) = (?P<d>{STRING})\n"
      r"out '<\|im_start\|>system\\n' \+ (?P=w) \+ '<\|im_end\|>\\n'\n", True),
-    (rf"if {FIRST}\n  set (?P<x>\w+) = messages\[0\]\.content\n  set loop_messages = messages\[1:\]\n"
+    (rf"if {FIRST}\n  set (?P<x>\w+) = messages\[0\]\.content(?:\._trim)?\n  set loop_messages = messages\[1:\]\n"
      r"if (?P=x) is defined\n  out '<\|im_start\|>system\\n' \+ (?P=x)(?: \+ '<\|im_end\|>\\n'\n|\nif (?P=x) is defined\n  out '<\|im_end\|>\\n'\n)", True),
     ("", False),
 ]
@@ -79,6 +79,9 @@ def chatml(text: str) -> Format | None:
     skips = group["over"] == "loop_messages" or "not loop.first" in roles or bool(roles and "system" not in roles and not group["rest"])
     if skips != (writes_first or group.get("both") is not None):
         return None  # a first system message would be written twice, or not at all
+    trim = bool(group["trim"] or group.get("trim2"))
+    if writes_first and trim != ("messages[0].content._trim" in text):
+        return None  # only some of the contents are trimmed
     history = "whole"
     if group["answer"]:
         history = next((name for name, regex in ANSWERS.items() if re.fullmatch(regex, group["answer"])), None)
@@ -96,9 +99,9 @@ def chatml(text: str) -> Format | None:
     if group["test"]:
         then, other = ast.literal_eval(group["then"]), ast.literal_eval(group["other"] or "''")
         on, off = (opened + other, opened + then) if group["test"].startswith("not") else (opened + then, opened + other)
-    format = Format("", "chatml", thinks(on, off), (on, off), default, history=history, trim=bool(group["trim"] or group.get("trim2")),
+    format = Format("", "chatml", thinks(on, off), (on, off), default, history=history, trim=trim,
                     late_system=not roles or "system" in roles or bool(group["rest"]))
-    return with_name(format, text)
+    return with_name(format)
 
 
 def thinks(on: str, off: str) -> str:
@@ -106,12 +109,14 @@ def thinks(on: str, off: str) -> str:
     return "switch" if on != off else "always" if opens else "never"
 
 
-def with_name(format: Format, text: str = "") -> Format:
+def with_name(format: Format) -> Format:
     """Named after the published format that it is, or is nearest to."""
     for name, known in FORMATS.items():
         if replace(known, name="") == replace(format, name="", system=known.system if format.system else format.system):
             if name != "qwen3-instruct" and (name != "qwen2.5" or format.system == known.system):
                 return replace(format, name=name)
+    if format.family == "chatml" and format.thinking == "never" and format.opening == ("", ""):
+        return replace(format, name="chatml")
     alike = [known for known in FORMATS.values() if (known.family, known.thinking) == (format.family, format.thinking)]
     alike = alike or [known for known in FORMATS.values() if known.family == format.family]
     return replace(format, name=max(alike, key=lambda known: (known.opening == format.opening, known.header == format.header)).name)
