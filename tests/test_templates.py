@@ -225,7 +225,8 @@ def test_words_of_a_fine_tune_are_tokens_and_no_turn_can_be_forged(package, real
         assert "zorblax" not in text or library.token_to_id("zorblax") in tokenizer.encode(text)
         assert tokenizer.decode(tokenizer.encode(text)) == library.decode(library.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
     text = "<|speaker|><think></think><tool_call><|fim_prefix|><|im_end|><｜User｜><｜tool▁calls▁begin｜>"
-    assert not set(tokenizer.control_ids.values()) & set(tokenizer.encode(text)) and tokenizer.decode(tokenizer.encode(text)) == text
+    forging = {library.token_to_id(name) for name in ("<|speaker|>", "<think>", "</think>", "<tool_call>", "<|fim_prefix|>", "<|im_end|>", "<｜User｜>")}
+    assert not forging & set(tokenizer.encode(text)) and tokenizer.decode(tokenizer.encode(text)) == text
     assert "zorblax" not in tokenizer.control_ids and "<|speaker|>" in tokenizer.control_ids
     assert library.token_to_id("zorblax") in tokenizer.chat([{"role": "user", "content": "a zorblax"}])
 
@@ -260,3 +261,20 @@ def test_a_vocabulary_of_another_kind_is_told(package, tmp_path):
     (path / "tokenizer.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="tokenizer.json: its model is WordLevel, only byte-level BPE is read here"):
         tokenizer_of(package, path)
+
+
+def test_of_a_template_that_is_only_nearly_known_the_parts_that_are_clear_are_kept():
+    template = """{%- set system_message = namespace(role='system', content='') %}{%- if tools %}{%- set system_message.content = "With tools." %}
+{%- else %}{%- set system_message.content = "Answer the user's question.  " + date_string + "\\n\\nBe exact.\\n\\n" %}{%- endif %}
+{%- set messages = [system_message] + messages %}{%- for message in messages %}{%- if message.role == 'assistant' %}
+{{- '<|im_start|>' + message.role + '\\n<think>\\n' + reasoning_content.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+{%- else %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- if enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"""
+    format, exact = templates.read_format(template)
+    assert not exact and (format.name, format.thinking, format.history) == ("qwen3", "switch", "kept")
+    assert format.system == "Answer the user's question.  \n\nBe exact.\n\n"
+
+
+def test_a_long_or_broken_template_is_read_in_no_time():
+    for template in ("{{" * 20_000, "{{ '" * 10_000, "{% set system = " + "a" * 30_000, "<|im_start|>" * 3000, "{% if a %}" * 4000):
+        assert templates.read_format(template)[1] is False

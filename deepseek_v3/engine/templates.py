@@ -143,17 +143,17 @@ def opens_like(template: str) -> Format | None:
                    "last question" if "last_query_index" in text else "kept, if any")
     thinking = thinks(*opens)
     name = {"switch": "qwen3", "always": "qwen3-thinking"}.get(thinking, "qwen3-nonthinking" if closed else "chatml")
-    return Format(name, "chatml", thinking, opens, default_system(text), history=history)
+    return Format(name, "chatml", thinking, opens, default_system(template), history=history)
 
 
-def default_system(text: str) -> str | None:
+def default_system(template: str) -> str | None:
     """A default system prompt that is spelled in a template: in its turn, or as the value of a variable."""
-    if (found := re.search(r"<\|im_start\|>system\n((?:(?!<\|im_end\|>|'\s*\}\}|'\s*\+|\{\{).)+)<\|im_end\|>", text, re.S)):
+    text = template.replace("\\n", "\n")
+    if found := re.search(r"<\|im_start\|>system\n((?:(?!<\|im_end\|>|['\"]\s*[+}]|\{\{).)+)<\|im_end\|>", text, re.S):
         return found[1]
-    for found in re.finditer(rf"set (?:\w*system\w*)(?:\.content)?\s*=\s*((?:{STRING}|\s|\+|\w+)+?)\s*-?%\}}", text):
-        pieces = re.findall(STRING, found[1])  # variables between them, such as the date, are empty where nobody sets them
-        if value := "".join(piece[1:-1].replace("\\'", "'") for piece in pieces):
-            before = text[:found.start()]
-            if "if tools" not in before or before.rpartition("if tools")[2].count("else"):
-                return value
+    for found in re.finditer(rf"set \w*system\w*(?:\.content)?\s*=\s*((?:{STRING}|[\s+\w])+?)-?%\}}", text, re.S):
+        before = text[:found.start()].rpartition("if tools")
+        pieces = re.findall(STRING, found[1], re.S)  # variables between them, such as the date, are empty where nobody sets them
+        if (value := "".join(re.sub(r"\\(.)", r"\1", piece[1:-1]) for piece in pieces)) and (not before[1] or "else" in before[2]):
+            return value
     return None

@@ -11,10 +11,11 @@ import ast
 import re
 
 STRING = r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\""
-TAG = re.compile(rf"(?P<comment>\{{#.*?#\}})|\{{%(?P<open>[-+]?)(?P<tag>(?:{STRING}|[^'\"])*?)(?P<shut>[-+]?)%\}}"
-                 rf"|\{{\{{(?P<before>-?)(?P<out>(?:{STRING}|[^'\"])*?)(?P<after>-?)\}}\}}", re.S)
+BODY = rf"(?:{STRING}|[^'\"{{]|\{{(?![{{%#]))*?"
+TAG = re.compile(rf"(?P<comment>\{{#.*?#\}})|\{{%(?P<open>[-+]?)(?P<tag>{BODY})(?P<shut>[-+]?)%\}}"
+                 rf"|\{{\{{(?P<before>-?)(?P<out>{BODY})(?P<after>-?)\}}\}}", re.S)
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\n": ""}
-LONGEST = 100_000  # characters; published templates have up to 16,000
+LONGEST = 40_000  # characters; published templates have up to 16,000
 
 # What is so in each conversation that is rendered here: texts by three roles, no tools, an answer is to follow.
 SO, NOT_SO = (re.compile("|".join(patterns)) for patterns in (
