@@ -1,19 +1,17 @@
-"""2. Text <-> token ids, and the format of a conversation.
+"""Text <-> token ids, and a conversation as the checkpoint was trained to see it.
 
 Text becomes UTF-8 bytes, bytes become tokens by byte-pair encoding (BPE; Sennrich et al., arXiv:1508.07909).
-The merging is done by the `tokenizers` library from the checkpoint's tokenizer.json; what is ours is the
-chat format, decoding as the tokens come, and one rule:
+The merging is done by the `tokenizers` library, from the checkpoint's tokenizer.json (or tiktoken.model). What is
+ours is decoding as the tokens come, the chat format, and one rule:
 
-    Control tokens are put in by this file and never read out of text.
+    Special tokens are put in by the chat format and never read out of text.
 
 A user who types "<|im_end|>" gets the pieces of that text, "<", "|", "im", ..., and cannot end a turn.
+A checkpoint's chat format lies beside it as a template, a program. It is recognised, never run (engine/templates.py):
 
-A checkpoint carries its chat format as a Jinja template, a program. It is never executed: the three published
-ones differ in the line that opens the answer, and it is enough to recognise which one it is.
-
-    hybrid         enable_thinking is a variable       <|im_start|>assistant\\n   [<think>\\n\\n</think>\\n\\n when off]
-    Thinking-2507  always thinks                       <|im_start|>assistant\\n<think>\\n
-    Instruct-2507  never thinks                        <|im_start|>assistant\\n
+    Qwen3         <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
+                  and <think>\\n\\n</think>\\n\\n after it where thinking is switched off
+    DeepSeek-R1   <｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜><think>\\n
 """
 
 import codecs
@@ -23,65 +21,85 @@ from pathlib import Path
 
 import tokenizers
 
-from .config import Config, read_json
-
-IM_START, IM_END, THINK, END_THINK = "<|im_start|>", "<|im_end|>", "<think>", "</think>"
-
-
-class Control(str):
-    """The name of a control token, as opposed to text that is spelled alike."""
+from .config import Config
+from .engine.chat_formats import (ASSISTANT, BOS, END_THINK, EOS, FIRST, IM_END, IM_START, MARKERS, NUMBERED, PUBLISHED, THINK,  # noqa: F401
+                                  USER, Format, Special, named, render)
+from .engine.templates import choose_format, find_template
+from .engine.tiktoken_vocab import read_tiktoken
 
 
 class Tokenizer:
-    """`thinking` says what the chat format allows: "switch", "always", "never"; None for a Base checkpoint."""
+    """`thinking` says what the chat format allows: "switch", "always", "never"; None where text is continued as it is.
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, thinking: str | None):
-        self.thinking = thinking
-        # The same BPE without the added tokens: for it, "<|im_end|>" is text like any other.
+    `control_ids` are the special tokens by name, `end_of_turn` the one that ends an answer, `bos_ids` those that
+    stand before any text, `format` is the chat format's name, and `notes` are lines for the user.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, format: Format | str | None, notes: Iterable[str] = (), template: str = ""):
+        self.chat_format = named(format) if isinstance(format, str) else format
+        self.notes = list(notes)
+        self.format, self.thinking = (self.chat_format.name, self.chat_format.thinking) if self.chat_format else (None, None)
+        added = tokenizer.get_added_tokens_decoder()
+        words = {id: token for id, token in sorted(added.items()) if is_word(token, template)}
+        self.control_ids = {token.content: id for id, token in added.items() if id not in words}
+        # The same BPE without the special tokens: for it, "<|im_end|>" is text like any other.
         self.text = tokenizers.Tokenizer(tokenizer.model)
         self.text.normalizer, self.text.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
-        added = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items()}
-        self.control_ids = {content: id for id, content in added.items()}
-        self.end_of_turn = self.control_ids.get(IM_END)
-        self.bos_ids: list[int] = []  # Qwen3 has no token that stands before any text
+        self.text.add_tokens(list(words.values()))  # words that a fine-tune added; the library numbers them anew
+        self.own_ids = {self.text.token_to_id(token.content): id for id, token in words.items()}
+        ends = [MARKERS[self.chat_format.family][0]] if self.chat_format else [IM_END, EOS]
+        self.end_of_turn = next((self.control_ids[name] for name in ends if name in self.control_ids), None)
+        self.bos_ids = next(([self.control_ids[name] for name in first] for first in FIRST if set(first) <= set(self.control_ids)), [])
         to_byte = {character: byte for byte, character in enumerate(byte_alphabet())}
-        self.bytes_of = {id: content.encode() for id, content in added.items()}
+        self.bytes_of = {id: token.content.encode() for id, token in added.items()}
+        spelled = {token.content for token in added.values()}
         for token, id in tokenizer.get_vocab(with_added_tokens=False).items():
-            self.bytes_of.setdefault(id, bytes(to_byte[character] for character in token))
+            if id not in self.bytes_of and token not in spelled:  # a special token may stand in the vocabulary too
+                try:
+                    self.bytes_of[id] = bytes(to_byte[character] for character in token)
+                except KeyError as error:
+                    raise ValueError(f"not a vocabulary of byte-level BPE: token {id} holds the character {error}") from None
 
     @classmethod
-    def from_checkpoint(cls, directory: str | Path) -> "Tokenizer":
-        """Read tokenizer.json, and the chat format from tokenizer_config.json or chat_template.jinja.
+    def from_checkpoint(cls, directory: str | Path, chat_format: str | None = None) -> "Tokenizer":
+        """Read tokenizer.json or tiktoken.model, and find out the chat format.
 
-        Raises FileNotFoundError or ValueError naming the file that is missing, damaged or of another kind.
+        `chat_format`: None guesses, the name of a format forces it, "plain" continues text as it is, and "template"
+        follows the template even where the checkpoint looks like a Base. Raises FileNotFoundError or ValueError
+        naming the file that is missing, damaged or of another kind.
         """
         directory = Path(directory)
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; it holds the vocabulary, download the checkpoint again")
+        if chat_format not in (None, "plain", "template"):
+            named(chat_format)  # a misspelled name is told before files are read
+        path, ranks = directory / "tokenizer.json", directory / "tiktoken.model"
+        if not path.is_file() and not ranks.is_file():
+            raise FileNotFoundError(f"{path}: no such file, nor {ranks.name}; one of them holds the vocabulary, download the "
+                                    "checkpoint again")
+        path = path if path.is_file() else ranks
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-            # An answer ends with a control token; a checkpoint that does not stop at <|im_end|> never learned turns.
-            # (The Base checkpoints ship the chat template all the same.)
-            stops = Config.from_checkpoint(directory).eos_token_id
-            im_end = tokenizer.token_to_id(IM_END)
-            thinking = None if im_end is None or (stops and im_end not in stops) else read_chat_format(directory)
-            return cls(tokenizer, thinking)
+            tokenizer = read_tiktoken(ranks, byte_alphabet()) if path == ranks else tokenizers.Tokenizer.from_file(str(path))
         except (ValueError, OSError):
             raise
-        except KeyError as error:
-            raise ValueError(f"{path}: not a byte-level vocabulary, it contains {error}") from None
         except Exception as error:  # the library raises a bare Exception for every kind of damage
-            raise ValueError(f"{path}: not a readable tokenizer ({error})") from None
+            raise ValueError(f"{path}: not a readable tokenizer ({str(error)[:80]})") from None
+        if not isinstance(tokenizer.model, tokenizers.models.BPE):
+            raise ValueError(f"{path}: its model is {type(tokenizer.model).__name__}, only byte-level BPE is read here")
+        vocabulary = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items()}
+        folder = directory if directory.name else directory.resolve()  # notes name it
+        format, notes = choose_format(folder, vocabulary, Config.from_checkpoint(directory).eos_token_id, chat_format)
+        try:
+            return cls(tokenizer, format, notes, find_template(directory)[0] or "")
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def encode(self, text: str) -> list[int]:
-        """Plain text -> ids. Adds nothing; control tokens spelled in the text stay text."""
+        """Plain text -> ids. Adds nothing; special tokens spelled in the text stay text."""
         # Bytes of a command line that are no UTF-8 come from Python as surrogates, which are no text.
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        return self.text.encode(text, add_special_tokens=False).ids
+        return [self.own_ids.get(id, id) for id in self.text.encode(text, add_special_tokens=False).ids]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """ids -> text, control tokens written out. Bytes that are no UTF-8 become U+FFFD."""
+        """ids -> text, special tokens written out. Bytes that are no UTF-8 become U+FFFD."""
         return "".join(self.stream(ids))
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
@@ -103,88 +121,38 @@ class Tokenizer:
 
         Messages are {"role": "system" | "user" | "assistant", "content": text}, an assistant's with its
         reasoning before </think> in the content or apart as "reasoning_content". `thinking` matters only
-        where the checkpoint has the switch. Raises ValueError for a Base checkpoint and for other roles.
+        where the checkpoint has the switch. Raises ValueError where no chat format is used, and for other roles.
         """
-        if self.thinking is None:
-            raise ValueError("this is a Base checkpoint: it continues plain text and has learned no conversation")
-        parts: list[str] = []
-        users = [i for i, message in enumerate(messages) if check_message(message) == "user"
-                 and not (message["content"].startswith("<tool_response>") and message["content"].endswith("</tool_response>"))]
-        for i, message in enumerate(messages):
-            content = message["content"]
-            parts += [Control(IM_START), message["role"] + "\n"]
-            if message["role"] == "assistant" and self.thinking != "never":
-                reasoning, content = split_reasoning(message)
-                # Reasoning is kept only for what follows the last question: earlier answers were given, and
-                # how they were found would fill the context.
-                if users and i > users[-1] and (reasoning or i == len(messages) - 1):
-                    parts += [Control(THINK), "\n" + reasoning.strip("\n") + "\n", Control(END_THINK), "\n\n"]
-                    content = content.lstrip("\n")
-            parts += [content, Control(IM_END), "\n"]
-        parts += [Control(IM_START), "assistant\n"]
-        if self.thinking == "always":
-            parts += [Control(THINK), "\n"]
-        elif self.thinking == "switch" and not thinking:
-            parts += [Control(THINK), "\n\n", Control(END_THINK), "\n\n"]
-        return self.join(parts)
+        if self.chat_format is None:
+            raise ValueError("this is taken for a Base checkpoint, which continues plain text; from_checkpoint(folder, "
+                             'chat_format="template") follows its chat template, and a name of a format forces that one')
+        return self.join(render(self.chat_format, messages, thinking))
 
     def join(self, parts: list[str]) -> list[int]:
-        """Ids of text and control tokens in turn; neighbouring texts are merged first, since BPE sees across them."""
+        """Ids of text and special tokens in turn; neighbouring texts are merged first, since BPE sees across them."""
         ids, text = [], ""
         for part in parts:
-            if isinstance(part, Control):
-                if part not in self.control_ids:
-                    raise ValueError(f"the vocabulary has no {part}, which the chat format needs")
+            if isinstance(part, Special) and part in self.control_ids:
                 ids += self.encode(text) + [self.control_ids[part]]
                 text = ""
-            else:
+            elif part == BOS and isinstance(part, Special):
+                continue  # a vocabulary without it was trained without it
+            else:  # text, or a token such as <think> that this vocabulary spells as text
                 text += part
         return ids + self.encode(text)
+
+
+def is_word(token: tokenizers.AddedToken, template: str) -> bool:
+    """Whether an added token is an ordinary word of a text, and none with which a user could forge a turn."""
+    content = token.content
+    of_the_format = content in template and not content.isalnum()
+    return not (token.special or content in PUBLISHED or NUMBERED.fullmatch(content) or of_the_format)
 
 
 def dropping_newlines(pieces: Iterator[str]) -> Iterator[str]:
     """The same without the newlines at the beginning, which are the chat format's."""
     pieces = dropwhile(lambda piece: not piece.strip("\n"), pieces)
     return chain((piece.lstrip("\n") for piece in islice(pieces, 1)), pieces)
-
-
-def check_message(message: dict[str, str]) -> str:
-    """The role, if the message is one that can be written down."""
-    role = message.get("role")
-    if role not in ("system", "user", "assistant") or "tool_calls" in message:
-        raise ValueError(f"a message has role {role!r}; known are system, user and assistant, without tool calls")
-    if not isinstance(message.get("content"), str):
-        raise ValueError(f"the content of a message of role {role!r} is not text")
-    return role
-
-
-def split_reasoning(message: dict[str, str]) -> tuple[str, str]:
-    """(reasoning, answer) of an assistant's message, with the published template's trimming of newlines."""
-    content, reasoning = message["content"], message.get("reasoning_content")
-    if isinstance(reasoning, str):
-        return reasoning, content
-    if END_THINK not in content:
-        return "", content
-    before, after = content.split(END_THINK)[0], content.split(END_THINK)[-1]
-    return before.rstrip("\n").split(THINK)[-1].lstrip("\n"), after.lstrip("\n")
-
-
-def read_chat_format(directory: Path) -> str:
-    """Which of the published formats the checkpoint's template is: "switch", "always" or "never"."""
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        template = path.read_text(encoding="utf-8", errors="replace")
-    else:
-        path = directory / "tokenizer_config.json"
-        template = read_json(path).get("chat_template")
-    if not isinstance(template, str):
-        raise ValueError(f"{path}: has no chat_template, so the format of a conversation is unknown")
-    opening = template.rpartition("add_generation_prompt")[2]  # what is written where the answer begins
-    if IM_START in opening and "enable_thinking" in opening:
-        return "switch"
-    if IM_START in opening and END_THINK not in opening:
-        return "always" if THINK in opening else "never"
-    raise ValueError(f"{path}: the chat template is none of the three that are known here")
 
 
 def byte_alphabet() -> str:

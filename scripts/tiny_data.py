@@ -161,10 +161,10 @@ def examples(corpus: Corpus, chat: ModuleType, library: tokenizers.Tokenizer) ->
 
     `chat` is the package's module `tokenizer`.
     """
-    qwen3 = hasattr(chat, "IM_START")
-    tokenizer = chat.Tokenizer(library, "switch" if qwen3 else "V3.1")
-    think, end_think = chat.Control(THINK), chat.Control(END_THINK)
-    end = chat.Control(IM_END if qwen3 else EOS)
+    qwen3 = not chat.__name__.startswith("deepseek")
+    tokenizer = chat.Tokenizer(library, "qwen3" if qwen3 else "deepseek-v3.1")
+    think, end_think = chat.Special(THINK), chat.Special(END_THINK)
+    end = chat.Special(IM_END if qwen3 else EOS)
     rng = random.Random(SEED)
     while True:
         messages = []

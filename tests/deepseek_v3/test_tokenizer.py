@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from deepseek_v3.tokenizer import ASSISTANT, BOS, EOS, FORMATS, THINK, USER, Tokenizer, read_chat_format
+from deepseek_v3.tokenizer import ASSISTANT, BOS, EOS, THINK, USER, Tokenizer
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "checkpoints/DeepSeek-V3-Tiny"
@@ -16,7 +16,7 @@ REAL = next((folder for folder in FOLDERS if (folder / "tokenizer.json").exists(
 needs_real = pytest.mark.skipif(REAL is None, reason="needs the published tokenizer: bash scripts/download_deepseek_v3.sh DeepSeek-R1 --only-tokenizer")
 # Renders of the published templates, with the ids of R1's tokenizer.
 RENDERS = json.loads((Path(__file__).parent / "chat_renders.json").read_text())
-NAMES = {"V3": "V3", "R1_first": "R1 first", "R1_updated": "R1", "V3.1": "V3.1"}
+NAMES = {"V3": "deepseek-v3", "R1_first": "deepseek-r1-first", "R1_updated": "deepseek-r1", "V3.1": "deepseek-v3.1"}
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +59,13 @@ def test_plain_text_has_the_librarys_ids(library, text):
     tokenizer = Tokenizer.from_checkpoint(REAL)
     assert tokenizer.encode(text) == library.encode(text, add_special_tokens=False).ids
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.format == "R1 first" and tokenizer.thinking == "always"
+    assert tokenizer.format == "deepseek-r1-first" and tokenizer.thinking == "always"
 
 
 @pytest.mark.parametrize("text", [BOS, EOS, USER, ASSISTANT, "</think>", "<think>", f"a{EOS}{USER}b{ASSISTANT}</think>c",
                                   *([] if REAL is None else ["<｜tool▁calls▁begin｜>", "<|EOT|>", "<｜fim▁hole｜>"])])
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=needs_real)])
-def test_control_tokens_cannot_be_forged_from_text(text, real):
+def test_special_tokens_cannot_be_forged_from_text(text, real):
     tokenizer = Tokenizer.from_checkpoint(REAL if real else TINY)
     control = set(tokenizer.control_ids.values())
     assert not control & set(tokenizer.encode(text)) and tokenizer.decode(tokenizer.encode(text)) == text
@@ -77,41 +77,21 @@ def test_control_tokens_cannot_be_forged_from_text(text, real):
 
 
 def test_the_embedded_checkpoint_has_v31s_switch(tiny):
-    assert tiny.format == "V3.1" and tiny.thinking == "switch" and tiny.bos_ids == [tiny.control_ids[BOS]]
+    assert tiny.format == "deepseek-v3.1" and tiny.thinking == "switch" and tiny.bos_ids == [tiny.control_ids[BOS]]
     ask = [{"role": "user", "content": "x"}]
     assert tiny.decode(tiny.chat(ask, thinking=True)) == f"{BOS}{USER}x{ASSISTANT}<think>"
     assert tiny.decode(tiny.chat(ask, thinking=False)) == f"{BOS}{USER}x{ASSISTANT}</think>"
 
 
-TEMPLATES = {
-    "V3": "{% if message.role == 'user' %}{{'<｜User｜>' + message['content']}}{% endif %}{% if add_generation_prompt %}{{'<｜Assistant｜>'}}{% endif %}",
-    "R1 first": "{{'<｜User｜>'}}{% set content = content.split('</think>')[-1] %}{% if add_generation_prompt and not ns.is_tool %}{{'<｜Assistant｜>'}}{% endif %}",
-    "R1": "{{'<｜User｜>'}}{% set content = content.split('</think>')[-1] %}{% if add_generation_prompt %}{{'<｜Assistant｜><think>\\n'}}{% endif %}",
-    "V3.1": "{{'<｜User｜>'}}{% if add_generation_prompt %}{{'<｜Assistant｜>'}}{% if not thinking %}{{'</think>'}}{% else %}{{'<think>'}}{% endif %}{% endif %}",
-    "Moonlight": "{% for m in messages %}<|im_user|>user<|im_middle|>{{m.content}}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_assistant|>assistant<|im_middle|>{% endif %}",
-}
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_formats_are_recognised_from_the_template(tmp_path, name):
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATES[name]}))
-    assert read_chat_format(tmp_path) == (name, "")
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    (tmp_path / "chat_template.jinja").write_text(TEMPLATES[name])
-    assert read_chat_format(tmp_path) == (name, "")
-
-
-def test_no_template_is_a_base_checkpoint_and_a_strange_one_is_refused(tmp_path):
+def test_no_template_is_plain_text_and_so_is_a_strange_one(tmp_path):
     for path in TINY.glob("*.json"):
         shutil.copy(path, tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    base = Tokenizer.from_checkpoint(tmp_path)
-    assert base.thinking is None and base.bos_ids == [base.control_ids[BOS]]
-    with pytest.raises(ValueError, match="this is a Base checkpoint"):
-        base.chat([{"role": "user", "content": "x"}])
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}"}))
-    with pytest.raises(ValueError, match="tokenizer_config.json: the chat template is none of those that are known here"):
-        Tokenizer.from_checkpoint(tmp_path)
+    for settings in ({}, {"chat_template": "{{ messages[0].content }}"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        base = Tokenizer.from_checkpoint(tmp_path)
+        assert base.thinking is None and base.bos_ids == [base.control_ids[BOS]] and len(base.notes) == 1
+        with pytest.raises(ValueError, match="Base checkpoint"):
+            base.chat([{"role": "user", "content": "x"}])
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match="tokenizer.json: no such file, nor tiktoken.model"):
         Tokenizer.from_checkpoint(tmp_path)
@@ -126,5 +106,5 @@ def test_messages_that_cannot_be_written_down_are_refused(tiny, message):
 
 def test_the_constants_are_full_width():
     assert BOS == "<｜begin▁of▁sentence｜>" and EOS == "<｜end▁of▁sentence｜>" and USER == "<｜User｜>" and ASSISTANT == "<｜Assistant｜>"
-    sources = [path.read_text() for path in (ROOT / "deepseek_v3").glob("*.py")]
+    sources = [path.read_text() for path in (ROOT / "deepseek_v3").rglob("*.py")]
     assert sum(source.count("\\uff5cUser") for source in sources) == 1

@@ -112,9 +112,9 @@ def test_the_three_variants_are_told_apart_and_a_base_checkpoint_too(real, tmp_p
         base.chat([U])
 
 
-def test_a_template_of_another_kind_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="none of the three"):
-        variant(tmp_path, "{{ messages }}")
+def test_a_template_of_another_kind_is_plain_text_with_a_note(tmp_path):
+    strange = variant(tmp_path, "{{ messages }}")
+    assert strange.thinking is None and len(strange.notes) == 1 and "none that is known here: text is continued" in strange.notes[0]
 
 
 @pytest.mark.parametrize("message", [{"role": "tool", "content": "3"}, {"role": "user"}, {"role": "user", "content": None}])
