@@ -76,7 +76,7 @@ class Tokenizer:
                                     "checkpoint again")
         try:
             path = path if path.is_file() else ranks
-            tokenizer = read_tiktoken(ranks, byte_alphabet()) if path == ranks else tokenizers.Tokenizer.from_file(str(path))
+            tokenizer = read_tiktoken(ranks, byte_alphabet()) if path == ranks else tokenizers.Tokenizer.from_str(path.read_text("utf-8", "replace"))
             format, default_system = read_chat_format(directory)
             # An answer ends with a control token; a checkpoint that does not stop at <|im_end|> never learned turns.
             stops = Config.from_checkpoint(directory).eos_token_id

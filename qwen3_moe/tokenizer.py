@@ -60,7 +60,7 @@ class Tokenizer:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; it holds the vocabulary, download the checkpoint again")
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            tokenizer = tokenizers.Tokenizer.from_str(path.read_text("utf-8", "replace"))
             # An answer ends with a control token; a checkpoint that does not stop at <|im_end|> never learned turns.
             # (The Base checkpoints ship the chat template all the same.)
             stops = Config.from_checkpoint(directory).eos_token_id
