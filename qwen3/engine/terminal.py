@@ -150,7 +150,7 @@ class Questions:
         self.text, self.ahead = self.ahead, ""
         if not self.text:
             self.text = self.line(self.prompt)
-        while self.typed and not self.stands_alone(self.text) and select.select([sys.stdin], [], [], PASTE)[0]:
+        while self.typed and not self.stands_alone(self.text) and self.more_follows():
             try:
                 line = self.line("")
             except EOFError:
@@ -161,6 +161,12 @@ class Questions:
             self.text += f"\n{line}"
         text, self.text, self.warned = self.text, "", False
         return text if "\n" in text.strip() else text.strip()  # the first line of code may be indented
+
+    def more_follows(self) -> bool:
+        try:
+            return bool(select.select([sys.stdin], [], [], PASTE)[0])
+        except (OSError, ValueError):  # Windows asks only sockets
+            return False
 
     def line(self, prompt: str) -> str:
         if self.typed and not is_terminal(sys.stdout):
