@@ -250,7 +250,8 @@ def exit_code(work: Callable[[], None]) -> int:
 
 
 MEMORY = re.compile(r"out of memory|allocate memory|not enough memory|alloc_failed|bad_alloc|bad alloc|tried to allocate", re.I)
-DEVICE = re.compile(r"\b(cuda|cudnn|cublas\w*|cusolver\w*|nccl|hip|rocm|mps|metal|xpu|nvidia|accelerator)\b|device ordinal|device-side", re.I)
+DEVICE = re.compile(r"\b(cuda|cudnn|cublas\w*|cusolver\w*|nccl|hip|rocm|mps|metal|xpu|nvidia|accelerator)\b"
+                    r"|device ordinal|device-side", re.I)
 
 
 def sentence(error: Exception) -> str | None:
