@@ -77,7 +77,9 @@ class Tokenizer:
                                     "checkpoint again")
         path = path if path.is_file() else ranks
         try:
-            tokenizer = read_tiktoken(ranks, byte_alphabet()) if path == ranks else tokenizers.Tokenizer.from_file(str(path))
+            tokenizer = read_tiktoken(ranks, byte_alphabet()) if path == ranks else tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: not a readable tokenizer (it is no UTF-8 text); download it again") from None
         except (ValueError, OSError):
             raise
         except Exception as error:  # the library raises a bare Exception for every kind of damage

@@ -122,8 +122,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--against", choices=["transformers"], help="measure this as well, in turn (uv run --group reference)")
     add("-d", "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one, else cpu")
     add("--threads", type=int, metavar="N", help="default: PyTorch's choice")
-    add("--prefill", type=int, nargs="*", default=PREFILL, metavar="N", help="prompts of so many tokens")
-    add("--decode", type=int, nargs="*", default=DECODE, metavar="N", help="tokens after so many others")
+    add("--prefill", type=int, nargs="*", metavar="N", help=f"prompts of so many tokens; default {PREFILL} as far as the context allows")
+    add("--decode", type=int, nargs="*", metavar="N", help=f"tokens after so many others; default {DECODE} likewise")
     add("--rounds", type=int, default=3, metavar="N", help="default 3")
     add("--compile", action="store_true", help="with torch.compile and static shapes")
     add("--plot", action="store_true", help="what a token costs from a context of 512 to 32768")
@@ -152,6 +152,21 @@ def find(arguments: argparse.Namespace) -> tuple[str, Path]:
                              lambda done, total: progress(f"random weights, file {done} of {total}"))
 
 
+def contexts(flag: str, given: list[int] | None, usual: tuple[int, ...], room: int) -> list[int]:
+    """Of the default ones those too long for the checkpoint are halved until they fit; of one's own that is an error."""
+    if given is None:
+        return list(dict.fromkeys(shortened(n, room) for n in usual))
+    if wrong := [n for n in given if not 1 <= n <= room]:
+        raise ValueError(f"{flag} {wrong[0]}: expected 1 to {room} tokens, as the checkpoint's context allows")
+    return given
+
+
+def shortened(n: int, room: int) -> int:
+    while n > max(room, 1):
+        n //= 2
+    return n
+
+
 def measure(arguments: argparse.Namespace) -> None:
     if arguments.rounds < 1:
         raise ValueError(f"--rounds {arguments.rounds}: at least one is needed")
@@ -159,6 +174,10 @@ def measure(arguments: argparse.Namespace) -> None:
     work = Work.of(folder)
     if arguments.speculative and work.package != "deepseek_v3":
         raise ValueError("--speculative is for deepseek_v3, whose layer for a second token can draft")
+    count = 48 if arguments.device.startswith("cuda") else 16
+    room = work.context_length - count - 3  # for what stands before the measured tokens, of which the first warm up
+    prefill = contexts("--prefill", arguments.prefill, PREFILL, work.context_length - 1)
+    decode = contexts("--decode", arguments.decode, DECODE, room)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
@@ -172,18 +191,16 @@ def measure(arguments: argparse.Namespace) -> None:
     print(f"limits: reads {limits['bytes'] / 1e9:.1f} GB/s, multiplies {rate / 1e12:.2f} TFLOP/s in {str(dtype)[6:]}; "
           f"a token reads {work.weight_bytes / 1e9:.3f} GB of the {work.file_bytes / 1e9:.2f} GB of weights and "
           f"{work.cache_bytes / 1e3:.1f} kB for each token before it\n")
-    count = 48 if device.type == "cuda" else 16
-    tasks = [{"do": "prefill", "context": n} for n in arguments.prefill] + [
-        {"do": "decode", "context": n, "count": count} for n in arguments.decode]
+    tasks = [{"do": "prefill", "context": n} for n in prefill] + [{"do": "decode", "context": n, "count": count} for n in decode]
     ours = {"who": "ours", "compiled": arguments.compile}
     results: dict = {}
     if arguments.plot:
         tasks = [{"do": "decode", "context": 512 << i, "count": count} for i in range(7)
-                 if (512 << i) + count + 8 <= work.context_length]
+                 if 512 << i <= room]
         results = compete(folder, work, arguments, {"ours": ours}, tasks)
         print("\n".join(growth(work, results, limits)))
     elif arguments.tricks:
-        results = tricks(folder, work, arguments, count)
+        results = tricks(folder, work, arguments, count, room)
     elif arguments.speculative:
         results = compete(folder, work, arguments, {"ours": ours}, [{"do": "speculation", "context": 32, "count": 64}])
         plain, drafting, tokens = (median([one[field] for one in results["speculation 32"]["ours"]])
@@ -204,16 +221,16 @@ def measure(arguments: argparse.Namespace) -> None:
         arguments.json.write_text(json.dumps({"name": name, "machine": where, "limits": limits, "work": asdict(work), "results": results}))
 
 
-def tricks(folder: Path, work: Work, arguments: argparse.Namespace, count: int) -> dict:
+def tricks(folder: Path, work: Work, arguments: argparse.Namespace, count: int, room: int) -> dict:
     """For each trick: ours against ours without it, where it matters most."""
     print(f"{'trick':49}{'measured':14}{'without':>13}{'with':>13}   ratio (least-most)")
     every, names = {}, {"--compile": None} | {name: trick for name, trick in TRICKS.items() if work.package in trick.packages}
     if work.package != "qwen3" and arguments.device == "cpu":
-        del names["--compile"]  # needs experts in stacks
+        names.pop("--compile", None)  # needs experts in stacks
     if arguments.device != "cpu" or not import_module(f"{work.package}.layers").SLOW_IN_16_BITS:
-        del names["many rows in float32"]  # not done here
+        names.pop("many rows in float32", None)  # not done here
     for name, trick in names.items():
-        what, context = (trick.what, trick.context) if trick else ("decode", 32)
+        what, context = (trick.what, shortened(trick.context, room)) if trick else ("decode", 32)
         rivals = {"ours": {"who": "ours", "compiled": trick is None}, "without": {"who": "ours", "without": name if trick else None}}
         tasks = [{"do": what, "context": context, "count": count}] if what != "start" else []
         every[name] = results = compete(folder, work, arguments, rivals, tasks)

@@ -97,6 +97,32 @@ def test_the_table_and_the_plot():
     assert "300.0 ms" in plot[2] and "3.00 GB" in plot[2] and plot[2].count("█") > plot[1].count("█")
 
 
+def test_without_flags_only_what_the_checkpoint_has_room_for_is_measured(monkeypatch, capsys):
+    """The embedded checkpoint is the default, and its context is shorter than the longest default prompt."""
+    monkeypatch.setattr(machine, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(machine, "matrix_rate", lambda device: (1e9, torch.bfloat16))
+    monkeypatch.setattr(machine, "BUSY", 1e9)
+    asked = []
+
+    class Stop(Exception):
+        pass
+
+    def compete(folder, work, arguments, rivals, tasks):
+        asked.extend((task["do"], task["context"], task["context"] + task.get("count", -2) + 3 <= work.context_length) for task in tasks)
+        raise Stop
+
+    monkeypatch.setattr(benchmark, "compete", compete)
+    for flags in ([], ["--plot"]):
+        with pytest.raises(Stop):
+            benchmark.main(["-m", "Qwen3-Tiny", *flags])
+    assert asked == [(what, n, True) for what, n in (("ids", 32), ("prefill", 512), ("prefill", 2048 // 2), ("decode", 32), ("decode", 1024),
+                                                     ("decode", 512), ("decode", 1024))]
+    monkeypatch.setattr(benchmark, "TRICKS", {name: trick for name, trick in benchmark.TRICKS.items() if trick.context == 4096})
+    with pytest.raises(Stop):
+        benchmark.main(["-m", "Qwen3-Tiny", "--tricks"])
+    assert benchmark.shortened(4096, 2029) == 1024
+
+
 def test_a_neighbour_is_noticed():
     assert not machine.Neighbours().cores() < 0
     if sys.platform == "linux":
@@ -107,6 +133,7 @@ def test_a_neighbour_is_noticed():
 @pytest.mark.parametrize("arguments, wrong", [
     (["--shape", "nothing"], "known are qwen3-0.6b"), (["--layers", "2"], "--layers cuts a --shape"),
     (["--shape", "qwen3-0.6b", "--layers", "99"], "the shape has 28"), (["-m", "nothing"], "no such file"),
+    (["-m", "Qwen3-Tiny", "--prefill", "2048"], "--prefill 2048: expected 1 to 2047"), (["-m", "Qwen3-Tiny", "--decode", "9", "4096"], "--decode 4096: "),
     (["--rounds", "0"], "at least one"), (["-m", "Qwen3-Tiny", "--speculative"], "is for deepseek_v3")])
 def test_mistakes_are_one_sentence(monkeypatch, capsys, arguments, wrong):
     monkeypatch.setattr(machine, "read_bandwidth", lambda device: 1e9)

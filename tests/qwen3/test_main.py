@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen3 import main as module
+from qwen3 import tokenizer as tokens
 from qwen3 import weights
+from qwen3.engine import conversation
 from qwen3.main import main
 from tests.qwen3.test_weights import FP8, quantise
 
@@ -217,7 +219,7 @@ def test_a_conversation_has_history_and_computes_only_what_is_new(capfd, monkeyp
     tokenizer = module.Tokenizer.from_checkpoint(TINY)
     assert out[0].strip() in tokenizer.decode(second) and none == 0
     # With thinking off, history has no empty think block: reused is all in front of the first answer's header.
-    header = len(tokenizer.join([module.THINK]))
+    header = len(tokenizer.join([tokens.THINK]))
     assert second[:reused] == first[:reused] and 0 < reused and reused >= len(first) - header - 4
     assert out[0].strip() not in tokenizer.decode(third) and again > 0
 
@@ -234,17 +236,17 @@ def test_the_commands(capfd, monkeypatch):
 
 
 def test_ctrl_c_stops_an_answer_and_a_second_one_leaves(capfd, monkeypatch):
-    printed = module.Conversation.print_answer
+    printed = conversation.show_answer
     times = []
 
-    def interrupted(self, prompt_ids, ids):
+    def interrupted(tokenizer, prompt_ids, ids):
         times.append(1)
         if len(times) == 2:
             next(ids), next(ids)
             raise KeyboardInterrupt
-        return printed(self, prompt_ids, ids)
+        return printed(tokenizer, prompt_ids, ids)
 
-    monkeypatch.setattr(module.Conversation, "print_answer", interrupted)
+    monkeypatch.setattr(conversation, "show_answer", interrupted)
     code, seen = converse(monkeypatch, "Hello!", "What is GQA?", "What is RoPE?", KeyboardInterrupt)
     out, err = capfd.readouterr()
     assert code == 130 and "stopped; the question is forgotten" in err
@@ -254,7 +256,7 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_leaves(capfd, monkeypatch):
 
 def test_a_cache_that_was_cut_when_ctrl_c_came_is_no_trouble(capfd, monkeypatch):
     """Between the cut and the answer: then the cache holds fewer tokens than are remembered."""
-    answers, answer = [], module.Conversation.answer
+    answers, answer = [], conversation.Conversation.answer
 
     def spy(self, ids):
         answers.append(1)
@@ -262,7 +264,7 @@ def test_a_cache_that_was_cut_when_ctrl_c_came_is_no_trouble(capfd, monkeypatch)
             self.cache.truncate(5)
         return answer(self, ids)
 
-    monkeypatch.setattr(module.Conversation, "answer", spy)
+    monkeypatch.setattr(conversation.Conversation, "answer", spy)
     code, seen = converse(monkeypatch, "Hello!", "What is RoPE?")
     assert code == 0 and capfd.readouterr().out.endswith(ROPE)
 

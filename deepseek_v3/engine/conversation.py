@@ -1,0 +1,234 @@
+"""A conversation with a loaded model: how its prompts are made, what is kept between answers, and the commands.
+
+Nothing here knows how an answer is computed: main.py hands in a function that yields its ids.
+"""
+
+import argparse
+import re
+import time
+from collections.abc import Callable, Iterator
+from itertools import takewhile
+from pathlib import Path
+
+import torch
+
+from ..config import Config
+from ..generate import check_request, new_cache
+from ..layers import KVCache
+from ..model import Model
+from ..tokenizer import Tokenizer
+from ..weights import bytes_per_token, check_memory, compute_dtype, find_device, gigabytes
+from .arguments import MAX_NEW_TOKENS, SAMPLING, name_of
+from .safetensors_reader import CheckpointFiles
+from .terminal import PACKAGE, Questions, note, show_answer
+
+COMMANDS = "/clear forgets the conversation, /system TEXT sets the system prompt, /think, /no_think, /exit"
+HELP = """\
+/clear            forget the conversation
+/system TEXT      set the system prompt; without a text there is none
+/think, /no_think reason before answering, or do not
+/exit             leave; so do /quit, exit, quit and the end of the input
+/help             this text
+A question may follow /clear, /think and /no_think on the same line. //TEXT asks a TEXT that begins with a slash.
+Several pasted lines are one question. Ctrl-C stops an answer, clears a half-typed line, and leaves at an empty one."""
+
+
+def chat_format(arguments: argparse.Namespace) -> dict[str, str]:
+    """For the tokenizer: who asks for a conversation gets one, though the files look like a Base checkpoint's."""
+    asked = arguments.chat or arguments.system or arguments.thinking is not None
+    wanted = arguments.chat_format or ("template" if asked else None)
+    return {"chat_format": wanted} if wanted else {}
+
+
+class Conversation:
+    """How a checkpoint is asked: prompt, sampling settings, and the cache of what was said so far."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path, config: Config, tokenizer: Tokenizer):
+        self.arguments, self.folder, self.config, self.tokenizer = arguments, folder, config, tokenizer
+        self.name = name_of(folder)
+        self.choose_thinking(arguments.thinking)
+        for flag in ("chat", "system", "thinking"):
+            if tokenizer.thinking is None and getattr(arguments, flag):
+                if arguments.chat_format:
+                    raise ValueError(f"--{flag} does not go with --chat-format {arguments.chat_format[:80]}, which continues text")
+                raise ValueError(f"--{flag} does not work with {self.name}, a Base checkpoint or one whose chat format is not "
+                                 "known: it continues text; --chat-format NAME sets a format")
+        self.sampling = {}
+        for name in SAMPLING:
+            given = getattr(arguments, name)
+            value = getattr(config, name) if given is None else given
+            if value is not None or name in SAMPLING[:3]:
+                self.sampling[name] = value
+        self.stop_ids = set(config.eos_token_id)
+        if tokenizer.thinking is not None and tokenizer.end_of_turn is not None:
+            self.stop_ids.add(tokenizer.end_of_turn)
+        self.system, self.cache, self.cached_ids = arguments.system, None, []
+
+    def choose_thinking(self, wanted: bool | None) -> None:
+        can = self.tokenizer.thinking
+        if (wanted and can == "never") or (wanted is False and can == "always"):
+            raise ValueError(f"{self.name} {can} thinks; leave out --{'' if wanted else 'no-'}thinking")
+        self.thinking = can in ("switch", "always") and wanted is not False
+
+    def notes(self) -> Iterator[str]:
+        """What the user should know about this checkpoint and these flags."""
+        yield from self.config.notes
+        yield from self.tokenizer.notes
+        arguments = self.arguments
+        if self.tokenizer.thinking is None and arguments.thinking is False:
+            yield f"--no-thinking changes nothing: {self.name} continues plain text"
+        if self.sampling["temperature"] == 0:
+            if self.config.temperature > 0 and self.thinking:
+                yield ("without sampling, thinking tends to repeat itself without end; this checkpoint suggests "
+                       f"-t {self.config.temperature}")
+            idle = [flag for flag, value in (("-k", arguments.top_k), ("--top-p", arguments.top_p), ("--min-p", arguments.min_p),
+                                             ("--seed", arguments.seed)) if value is not None]
+            if idle and arguments.temperature is None:
+                yield f"{', '.join(idle)}: without effect, since nothing is sampled here without a -t above 0, such as -t 1"
+
+    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """The conversation as ids; ValueError if they leave no room in the context for an answer."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        base = self.tokenizer.thinking is None
+        ids = (self.tokenizer.bos_ids + self.tokenizer.encode(messages[-1]["content"]) if base
+               else self.tokenizer.chat(system + messages, self.thinking))
+        check_request(self.config, [ids], self.new_tokens(ids), **self.sampling, seed=self.arguments.seed)
+        return ids
+
+    def new_tokens(self, prompt_ids: list[int]) -> int:
+        """How many may be generated: what -n says, or the default as far as the context has room."""
+        room = self.config.context_length - len(prompt_ids)
+        wanted = self.arguments.max_new_tokens
+        return min(MAX_NEW_TOKENS, max(room, 1)) if wanted is None else wanted
+
+    def find_device(self, prompt_ids: list[int]) -> tuple[torch.device, str | None]:
+        """(device, dtype or None for the checkpoint's own), if weights and cache fit there; says how large they are."""
+        device, dtype = find_device(self.arguments.device), self.arguments.dtype
+        if device.type == "mps" and self.config.quantization and dtype is None:
+            dtype = "bfloat16"  # Apple's GPUs have no FP8
+        compute = compute_dtype(self.config, CheckpointFiles(self.folder), dtype)
+        per_token, tokens = KVCache.bytes_per_token(self.config, compute), len(prompt_ids) + self.new_tokens(prompt_ids)
+        size = check_memory(self.folder, device, dtype, tokens, tokens * per_token)
+        kept = "FP8" if self.config.quantization and dtype is None else str(compute).removeprefix("torch.")
+        why = "" if self.arguments.device or device.type != "cpu" else " (no GPU found)"
+        slow = " (slow there; --dtype bfloat16, if it fits, expands them once)" if (kept, device.type) == ("FP8", "cpu") else ""
+        note(f"{self.name}: {size} of weights in {kept} on {device}{why}{slow}, {per_token / 1e3:.1f} kB of cache per token")
+        return device, dtype
+
+    def begin(self, model: Model, answer_ids: Callable[..., Iterator[int]], remark: Callable[[], str] = str) -> None:
+        """From now on `answer_ids(prompt_ids, max_new_tokens=, cache=)` answers; `remark` may replace the bandwidth."""
+        self.model, self.answer_ids, self.remark = model, answer_ids, remark
+
+    def answer(self, prompt_ids: list[int]) -> str:
+        """Stream the answer to a conversation; return it, without what was thought."""
+        if self.cache is None:
+            self.cache = new_cache(self.model, len(prompt_ids))
+        # The rendered history changes behind the last question, since earlier thoughts are left out; what is
+        # the same up to there need not be computed again. One token must be, to have logits.
+        cached = self.cached_ids[:self.cache.length]  # Ctrl-C may have come before the last of them were computed
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(cached, prompt_ids)))
+        self.cache.truncate(min(common, len(prompt_ids) - 1))
+        speed = Speed(self.model, len(prompt_ids) - self.cache.length)
+        limit = self.new_tokens(prompt_ids)
+        ids = self.answer_ids(prompt_ids, max_new_tokens=limit, cache=self.cache)
+        try:
+            text = show_answer(self.tokenizer, prompt_ids, speed.watch(ids))
+        finally:
+            self.cached_ids = prompt_ids + speed.ids
+        if len(speed.ids) == limit:
+            full = len(prompt_ids) + limit >= self.config.context_length
+            note(f"cut off after {limit} tokens" + (f": the context of {self.config.context_length} tokens is full" if full
+                                                    else "; -n allows more"))
+        note(speed.summary(self.remark()))
+        return text
+
+
+class Speed:
+    """Counts tokens and takes the time, of the prompt and of the answer apart."""
+
+    def __init__(self, model: Model, prompt_tokens: int):
+        self.prompt_tokens, self.ids, self.times = prompt_tokens, [], [time.perf_counter()]
+        self.bytes_per_token = bytes_per_token(model)
+
+    def watch(self, ids: Iterator[int]) -> Iterator[int]:
+        for token in ids:
+            self.times.append(time.perf_counter())
+            self.ids.append(token)
+            yield token
+
+    def summary(self, remark: str = "") -> str:
+        if not self.ids:
+            return f"prompt {self.prompt_tokens} tokens · answer 0 tokens"
+        start, first, last = self.times[0], self.times[1], self.times[-1]
+        text = f"prompt {self.prompt_tokens} tokens, {self.prompt_tokens / (first - start):,.0f} tok/s · answer {len(self.ids)} tokens"
+        if last > first:
+            rate = (len(self.ids) - 1) / (last - first)
+            text += f", {rate:,.1f} tok/s · {remark or f'reads {gigabytes(rate * self.bytes_per_token)}/s of weights'}"
+        return text
+
+
+def split_command(line: str) -> tuple[str, str]:
+    """(command, the rest) of what was typed; the command is "" for a question.
+
+    What looks like a mistyped command is one, to be answered with a note: /what, /sytem Be brief. /usr/bin is none.
+    """
+    first, rest = (line.split(maxsplit=1) + ["", ""])[:2]
+    if line.strip().lower() in ("exit", "quit"):
+        return "/exit", ""
+    if first in ("/clear", "/system", "/think", "/no_think", "/exit", "/quit", "/help") or (
+            "\n" not in line and re.fullmatch(r"/[A-Za-z_]+", first)):
+        return first, rest.strip()
+    return "", line[1:] if line.startswith("//") and "\n" not in line else line
+
+
+def chat(conversation: Conversation) -> None:
+    """Question and answer until /exit, the end of the input, or Ctrl-C at an empty line."""
+    note(f"A conversation; {COMMANDS}, /help. Ctrl-C stops an answer or clears a line, and leaves at an empty one.")
+    questions = Questions(lambda line: split_command(line) in [(name, "") for name in (
+        "/clear", "/system", "/think", "/no_think", "/exit", "/quit", "/help")])
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            command, text = split_command(questions.read())
+        except EOFError:
+            return
+        if command in ("/exit", "/quit") and not text:
+            return
+        if command in ("/exit", "/quit", "/help") and text:
+            note(f"{command} stands alone; /{command} {text} would ask that as a question"[:299])
+            continue
+        if command == "/help":
+            note(HELP)
+        elif command == "/clear":
+            messages = []
+        elif command == "/system":
+            conversation.system = text
+            continue
+        elif command in ("/think", "/no_think"):
+            try:
+                conversation.choose_thinking(command == "/think")
+            except ValueError as error:
+                note(f"{PACKAGE}: {error}".partition(";")[0])
+        elif command:
+            note(f"{command} is not known: {COMMANDS}; a question that begins with a slash needs two")
+            continue
+        if text.strip():
+            ask(conversation, messages, text)
+            questions.answered = time.monotonic()
+
+
+def ask(conversation: Conversation, messages: list[dict[str, str]], question: str) -> None:
+    """One more question and its answer, if the context has room for them and the user waits for it."""
+    count = len(messages)
+    try:
+        messages.append({"role": "user", "content": question})
+        try:
+            prompt_ids = conversation.prompt_ids(messages)
+        except ValueError as error:  # the conversation has outgrown the context
+            note(f"{PACKAGE}: {error}; /clear starts a new conversation")
+            del messages[count:]
+        else:
+            messages.append({"role": "assistant", "content": conversation.answer(prompt_ids)})
+    except KeyboardInterrupt:
+        note("\nstopped; the question is forgotten")
+        del messages[count:]

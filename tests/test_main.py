@@ -1,0 +1,317 @@
+"""The command line, as all packages have it: flags, folders, pipes, commands. What one package has alone stands in its folder."""
+
+import builtins
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from qwen3.engine import arguments as shared
+from tests.packages import PACKAGES, module
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "checkpoints/Qwen3-Tiny"
+
+
+def folder_of(package: str) -> Path:
+    return ROOT / "checkpoints" / PACKAGES[package]
+
+
+def seen_by_generate(monkeypatch, package: str, ids=()) -> list[tuple[list[int], dict]]:
+    """(prompt ids, settings) of each call; `ids` are the answer."""
+    seen = []
+    monkeypatch.setattr(module(package, "main"), "generate", lambda model, prompt, **settings: seen.append((prompt, settings)) or iter(ids))
+    return seen
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_an_answer_ends_with_its_turn_whatever_the_config_says(package, monkeypatch, tmp_path):
+    """A checkpoint whose files name only the end of a text, though it converses, would write the user's next question too."""
+    folder = shutil.copytree(folder_of(package), tmp_path / "One")
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({key: value for key, value in values.items() if key != "eos_token_id"}))
+    seen = seen_by_generate(monkeypatch, package)
+    assert module(package, "main").main(["-m", str(folder), "-p", "x"]) == 0
+    assert seen[0][1]["stop_ids"] == {module(package, "tokenizer").Tokenizer.from_checkpoint(folder).end_of_turn}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_new_sampling_flags_reach_generate(package, monkeypatch):
+    main, conversation = module(package, "main"), module(package, "engine.conversation")
+    seen = seen_by_generate(monkeypatch, package)
+    checked = []
+    monkeypatch.setattr(conversation, "check_request", lambda *_, **settings: checked.append(settings))
+    flags = ["--min-p", "0.1", "--repetition-penalty", "1.05", "--presence-penalty", "-0.5"]
+    expected = {"min_p": 0.1, "repetition_penalty": 1.05, "presence_penalty": -0.5}
+    assert main.main(["-m", str(folder_of(package)), "-p", "x", *flags]) == 0
+    assert seen[0][1].items() >= expected.items() and checked[0].items() >= expected.items()
+
+
+def test_flags_that_do_nothing_without_sampling_say_so(capfd, monkeypatch):
+    seen_by_generate(monkeypatch, "qwen3")
+    main = module("qwen3", "main").main
+    for more, said in (([], True), (["-t", "1"], False)):
+        assert main(["-m", str(TINY), "-p", "x", "-k", "5", "--seed", "1", *more]) == 0
+        assert ("note: -k, --seed: without effect, since nothing is sampled" in capfd.readouterr().err) == said
+
+
+def test_cut_off_says_why(capfd, monkeypatch):
+    main = module("qwen3", "main")
+    monkeypatch.setattr(main, "generate", lambda model, ids, *, max_new_tokens, **_: iter([5] * max_new_tokens))
+    for flags, said in ((["-n", "2"], "cut off after 2 tokens; -n allows more\n"), ([], ": the context of 2048 tokens is full\n")):
+        assert main.main(["-m", str(TINY), "-p", "a " * 1000, *flags]) == 0
+        err = capfd.readouterr().err
+        assert "cut off after " in err and said in err
+
+
+def test_notes_of_config_tokenizer_and_model_are_said(capfd, monkeypatch):
+    seen_by_generate(monkeypatch, "qwen3")
+    main = module("qwen3", "main")
+    tokenizer, load = main.Tokenizer.from_checkpoint(TINY), main.load_model
+
+    def load_with_notes(*arguments):
+        model = load(*arguments)
+        model.notes = ["of the model"]
+        return model
+
+    tokenizer.notes = ["of the tokenizer"]
+    monkeypatch.setattr(main.Tokenizer, "from_checkpoint", lambda folder, **_: tokenizer)
+    monkeypatch.setattr(main, "load_model", load_with_notes)
+    assert main.main(["-m", str(TINY), "-p", "x"]) == 0
+    err = capfd.readouterr().err
+    assert "note: of the tokenizer\n" in err and "note: of the model\n" in err
+
+
+@pytest.mark.parametrize("flags, wanted", [
+    ([], {}), (["--chat"], {"chat_format": "template"}), (["--no-thinking"], {"chat_format": "template"}),
+    (["--system", "x"], {"chat_format": "template"}), (["--chat-format", "plain"], {"chat_format": "plain"}),
+    (["--chat-format", "ChatML", "--chat"], {"chat_format": "ChatML"})])
+def test_who_asks_for_a_conversation_wins_over_the_guess(monkeypatch, flags, wanted):
+    conversation = module("qwen3", "engine.conversation")
+    monkeypatch.setattr(conversation.Tokenizer, "from_checkpoint", lambda folder, chat_format=None: None)
+    arguments = module("qwen3", "main").parse_arguments(flags)
+    assert conversation.chat_format(arguments) == wanted
+
+
+# Pipes
+
+def ask(monkeypatch, stdin, *flags: str) -> tuple[int, list[str]]:
+    """(exit code, the questions as the model got them)."""
+    main = module("qwen3", "main")
+    seen, tokenizer = seen_by_generate(monkeypatch, "qwen3"), main.Tokenizer.from_checkpoint(TINY)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    code = main.main(["-m", str(TINY), *flags])
+    return code, [tokenizer.decode(ids).partition("user\n")[2].partition("<|im_end|>")[0] for ids, _ in seen]
+
+
+def pipe(data: bytes) -> io.TextIOWrapper:
+    read, write = os.pipe()
+    os.write(write, data)
+    os.close(write)
+    return open(read, encoding="utf-8")
+
+
+class Typed(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("flags", [[], ["-p", "-"]])
+@pytest.mark.parametrize("data, question", [(b"What is GQA?\n", "What is GQA?"), (b"a\n\nb\r\n", "a\n\nb"), (b"a\xffb", "a\ufffdb"),
+                                            (b"\xef\xbb\xbfa", "a"), (b"  x  ", "  x  ")])
+def test_a_question_comes_through_a_pipe(monkeypatch, flags, data, question):
+    assert ask(monkeypatch, pipe(data), *flags) == (0, [question])
+
+
+def test_what_is_no_pipe_is_not_read(monkeypatch, capfd, tmp_path):
+    question = module("qwen3", "main").DEFAULT_PROMPT
+    with open(os.devnull) as null:
+        for stdin in (None, null, Typed("never"), pipe(b"")):
+            assert ask(monkeypatch, stdin) == (0, [question])
+            assert f'asking "{question}"' in capfd.readouterr().err
+        for stdin, flags in ((None, ["-p", "-"]), (null, ["-p", "-"]), (pipe(b""), ["-p", "-"]), (pipe(b"\n \n"), [])):
+            assert ask(monkeypatch, stdin, *flags) == (2, [])
+            assert capfd.readouterr().err == "qwen3: standard input holds no question; write one there, or ask it with -p\n"
+    assert ask(monkeypatch, pipe(b"never"), "-p", "asked") == (0, ["asked"])
+    assert ask(monkeypatch, io.StringIO("of a program\n")) == (0, ["of a program"])
+    path = tmp_path / "q"
+    path.write_text("from a file\n")
+    with open(path) as file:
+        assert ask(monkeypatch, file) == (0, ["from a file"])
+
+
+# Folders
+
+DOWNLOAD = "bash scripts/download_x.sh"
+
+
+def find(name: str | None, checkpoints: Path) -> tuple[Path, list[str]]:
+    return shared.find_checkpoint(name, checkpoints, "Big", "Tiny", DOWNLOAD)
+
+
+def checkpoint(folder: Path, *files: str) -> Path:
+    folder.mkdir(parents=True)
+    for file in files or ("config.json", "model.safetensors"):
+        (folder / file).write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def no_cache(monkeypatch, tmp_path) -> Path:
+    """A home without a Hugging Face cache."""
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("variable, below", [("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub"),
+                                             ("XDG_CACHE_HOME", "huggingface/hub"), ("HOME", ".cache/huggingface/hub")])
+def test_owner_and_name_are_found_in_the_hugging_face_cache(no_cache, monkeypatch, variable, below):
+    cache = no_cache / "home" / below
+    if variable != "HOME":
+        monkeypatch.setenv(variable, str(no_cache / "home"))
+    model = cache / "models--Qwen--Qwen3-0.6B"
+    old, new = (checkpoint(model / "snapshots" / commit) for commit in ("aaa", "bbb"))
+    os.utime(old, (1, 1))
+    assert find("Qwen/Qwen3-0.6B", no_cache)[0] == new  # no refs: the newest
+    (model / "refs").mkdir()
+    (model / "refs/main").write_text("aaa")
+    assert find("Qwen/Qwen3-0.6B", no_cache)[0] == old == find(str(model), no_cache)[0] == find(f"{model}/", no_cache)[0]
+    assert shared.name_of(old) == "Qwen3-0.6B"
+    own = checkpoint(no_cache / "checkpoints/Qwen3-0.6B")
+    assert find("Qwen/Qwen3-0.6B", no_cache / "checkpoints")[0] == own
+    here = checkpoint(no_cache / "Qwen/Qwen3-0.6B")
+    assert find("Qwen/Qwen3-0.6B", no_cache / "checkpoints")[0] == here
+
+
+def test_home_trailing_slash_and_names(no_cache):
+    folder = checkpoint(no_cache / "home/x")
+    assert find("~/x", no_cache)[0] == find("home/x/", no_cache)[0] == find("x", no_cache / "home")[0] == folder
+
+
+@pytest.mark.parametrize("name, wanted", [
+    ("model.gguf", "model.gguf is a GGUF file, and this project reads safetensors"), ("Tiny/config.json", "is a file, and a checkpoint is a folder"),
+    ("Qwen/Qwen3-9B", f"Qwen/Qwen3-9B: neither a folder nor a checkpoint (there: Tiny); get a published one with `{DOWNLOAD} NAME`"),
+    ("x" * 5000, "File name too long"), ("~nobody/x", "~nobody/x: neither a folder"), ("../x/..\0", "neither a folder"), ("a/" * 90, "neither a folder")])
+def test_what_is_no_checkpoint_gets_one_sentence(no_cache, name, wanted):
+    (no_cache / "model.gguf").write_text("GGUF")
+    checkpoint(no_cache / "Tiny")
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        find(name, no_cache)
+    assert wanted in str(error.value) and len(str(error.value)) < 300
+
+
+def test_the_default_is_used_only_when_it_is_whole(no_cache):
+    big, tiny = no_cache / "Big", checkpoint(no_cache / "Tiny")
+    folder, (note,) = find(None, no_cache)
+    assert folder == tiny and note.startswith(f"Big is not downloaded (`{DOWNLOAD}` gets it): using Tiny")
+    checkpoint(big, "config.json")
+    for file, content, whole in (("model-1.safetensors.part", "", False), ("model-1.safetensors", "", False), (
+            "model.safetensors.index.json", '{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}', False),
+            ("model-2.safetensors", "", False), ("model-1.safetensors.part", None, True)):
+        (big / file).unlink() if content is None else (big / file).write_text(content)
+        folder, notes = find(None, no_cache)
+        assert (folder, not notes) == ((big, True) if whole else (tiny, False))
+        assert whole or notes[0].startswith(f"the download of Big is not finished (`{DOWNLOAD}` goes on): using Tiny")
+    (big / "model-2.safetensors").rename(big / "model-2.safetensors.part")
+    with pytest.raises(ValueError, match="Big: its download is not finished; `bash scripts/download_x.sh Big` goes on"):
+        find("Big", no_cache)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")
+def test_a_folder_whose_name_is_no_utf8(tmp_path, capfd):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe"))
+    shutil.copytree(TINY, folder)
+    code = module("qwen3", "main").main(["-m", f"{folder}/", "-p", "What is RoPE?"])
+    out, err = capfd.readouterr()
+    assert "\\udcff\\udcfe" in err and (code, out[:4]) == (0, "RoPE"), err
+
+
+# In conversations
+
+def converse(monkeypatch, package: str, *lines: str, flags=()) -> tuple[int, list[str]]:
+    """(exit code, the prompts) of a conversation in which each answer is "Hello!"."""
+    main = module(package, "main")
+    tokenizer = main.Tokenizer.from_checkpoint(folder_of(package))
+    seen, given = [], iter(lines)
+    monkeypatch.setattr(main, "generate", lambda model, ids, **_: seen.append(tokenizer.decode(ids)) or iter(tokenizer.encode("Hello!")))
+
+    def type_line(prompt: str = "") -> str:
+        line = next(given, EOFError)
+        if not isinstance(line, str):
+            raise line
+        return line
+
+    monkeypatch.setattr(builtins, "input", type_line)
+    return main.main(["-m", str(folder_of(package)), "--chat", *flags]), seen
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_question_behind_a_command_is_asked(package, monkeypatch, capfd):
+    code, prompts = converse(monkeypatch, package, "One", "/no_think What is the KV cache?", "Two", "/think Three", "/clear Four", "/think", "/clear")
+    assert code == 0 and len(prompts) == 5
+    off = [prompt.rstrip().endswith("</think>") for prompt in prompts]
+    assert off == [False, True, True, False, False]
+    for prompt, question in zip(prompts, ("One", "What is the KV cache?", "Two", "Three", "Four")):
+        assert question in prompt and "/" not in prompt.replace("</think>", "")
+    assert "Three" not in prompts[4] and "Hello!" in prompts[3] and "Hello!" not in prompts[4]
+
+
+def test_slashes_and_words_that_leave(monkeypatch, capfd):
+    typed = ["/usr/bin is what?", "//think about it", "/nothink What?", "/help", "/exit now", "What is x? /no_think", "/* c */ int x;", "exit the loop"]
+    code, prompts = converse(monkeypatch, "qwen3", *typed, "QUIT", "never")
+    err = capfd.readouterr().err
+    asked = ["/usr/bin is what?", "/think about it", "What is x? /no_think", "/* c */ int x;", "exit the loop"]
+    assert code == 0 and [prompt.rpartition("user\n")[2].partition("<|im_end|>")[0] for prompt in prompts] == asked
+    assert "/nothink is not known" in err and "Several pasted lines are one question" in err and "/exit stands alone" in err
+    for word in ("exit", "quit", "/exit", "/quit", "Exit"):
+        assert converse(monkeypatch, "qwen3", word, "never") == (0, [])
+
+
+def test_a_switch_that_cannot_be_set_loses_no_question(monkeypatch, capfd):
+    monkeypatch.setattr(module("qwen3", "engine.conversation").Conversation, "choose_thinking",
+                        lambda self, wanted: setattr(self, "thinking", True) if wanted is None else (_ for _ in ()).throw(ValueError("always; x")))
+    assert len(converse(monkeypatch, "qwen3", "/no_think One")[1]) == 1
+    assert "qwen3: always\n" in capfd.readouterr().err
+
+
+# Inside other programs
+
+def test_in_a_thread_and_nothing_of_the_process_is_changed(monkeypatch, capfd):
+    main, codes = module("qwen3", "main").main, []
+    seen_by_generate(monkeypatch, "qwen3")
+    before = signal.getsignal(signal.SIGINT), sys.stdin, sys.stdout, sys.stderr, sys.stdout.errors
+    thread = threading.Thread(target=lambda: codes.append(main(["-m", str(TINY), "-p", "x"])))
+    thread.start()
+    thread.join()
+    assert codes == [0] and before == (signal.getsignal(signal.SIGINT), sys.stdin, sys.stdout, sys.stderr, sys.stdout.errors)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_memory_that_runs_out_in_an_answer_is_one_sentence(package, monkeypatch, capfd):
+    def fail(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 70000 bytes.")
+
+    monkeypatch.setattr(module(package, "main"), "generate", fail)
+    assert module(package, "main").main(["-m", str(folder_of(package)), "-p", "x"]) == 2
+    assert capfd.readouterr().err.endswith(f"{package}: memory ran out: 70000 bytes more were needed; try a smaller -n, --dtype bfloat16, "
+                                           "a smaller checkpoint or another device\n")
+
+
+def test_pytest_shows_names_when_it_is_asked():
+    test = "tests/test_readmes.py::test_something_is_tested"
+    for flags, shown in ((["-v"], True), ([], False)):
+        done = subprocess.run([sys.executable, "-m", "pytest", test, "-p", "no:cacheprovider", *flags], cwd=ROOT, capture_output=True, text=True,
+                              env={name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"})
+        assert (f"{test} PASSED" in done.stdout) == shown and ("rootdir" in done.stdout) == shown, done.stdout
