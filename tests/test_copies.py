@@ -28,6 +28,7 @@ MAY_DIFFER = {
     "model.py Decoder.forward": "the layer that predicts a second token shares its inner part",
     "weights.py load_model": "experts are stacked on a GPU; a bias stays float32",
     "weights.py bytes_in_memory": "experts are counted apart",
+    "weights.py count_bytes": "a bias stays float32",
     "weights.py bytes_per_token": "a token reads only its experts",
     "weights.py check_memory": "experts that nobody needs stay in the file",
     "weights.py read_checkpoint": "experts are counted, and the layer that predicts a second token may be left out",

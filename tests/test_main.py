@@ -72,22 +72,17 @@ def test_cut_off_says_why(capfd, monkeypatch):
         assert "cut off after " in err and said in err
 
 
-def test_notes_of_config_tokenizer_and_model_are_said(capfd, monkeypatch):
+def test_notes_of_config_and_tokenizer_are_said(capfd, monkeypatch, tmp_path):
     seen_by_generate(monkeypatch, "qwen3")
     main = module("qwen3", "main")
-    tokenizer, load = main.Tokenizer.from_checkpoint(TINY), main.load_model
-
-    def load_with_notes(*arguments):
-        model = load(*arguments)
-        model.notes = ["of the model"]
-        return model
-
+    tokenizer = main.Tokenizer.from_checkpoint(TINY)
     tokenizer.notes = ["of the tokenizer"]
     monkeypatch.setattr(main.Tokenizer, "from_checkpoint", lambda folder, **_: tokenizer)
-    monkeypatch.setattr(main, "load_model", load_with_notes)
-    assert main.main(["-m", str(TINY), "-p", "x"]) == 0
+    folder = shutil.copytree(TINY, tmp_path / "Tiny")
+    (folder / "generation_config.json").write_text('{"stop_strings": ["x"]}')
+    assert main.main(["-m", str(folder), "-p", "x"]) == 0
     err = capfd.readouterr().err
-    assert "note: of the tokenizer\n" in err and "note: of the model\n" in err
+    assert "note: of the tokenizer\n" in err and "note: generation_config.json: stop_strings are not used here" in err
 
 
 @pytest.mark.parametrize("flags, wanted", [

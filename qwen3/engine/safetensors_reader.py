@@ -175,9 +175,10 @@ def no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def check_with_library(path: Path) -> None:
     """What the library refuses is refused, whatever was overlooked here. It cannot open what is larger than memory."""
     try:
+        str(path).encode()
         with safe_open(path, framework="pt"):
             pass
-    except UnicodeError:  # a path that is no UTF-8
+    except UnicodeEncodeError:  # a path that is no UTF-8, which it cannot open
         pass
     except RuntimeError as error:
         if "mmap" not in str(error):

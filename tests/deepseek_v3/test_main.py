@@ -118,9 +118,11 @@ def test_a_base_checkpoint_continues_text_behind_one_bos(tmp_path, capfd, monkey
     monkeypatch.setattr(module, "generate", lambda model, ids, **more: seen.append(ids) or generate(model, ids, **more))
     assert main(["-m", str(folder), "-p", "MLA stores", "-n", "5"]) == 0
     assert seen[0][0] == 1018 and 1018 not in seen[0][1:] and len(seen[0]) > 2
-    capfd.readouterr()
-    assert main(["-m", str(folder), "--chat"]) == 2
-    assert "a Base checkpoint" in capfd.readouterr().err
+    assert "Base has no chat template" in capfd.readouterr().err
+    assert main(["-m", str(folder), "--thinking", "-p", "MLA stores", "-n", "5"]) == 2  # by its vocabulary it is DeepSeek-V3, which never thinks
+    assert "never thinks; leave out --thinking" in capfd.readouterr().err
+    assert main(["-m", str(folder), "--no-thinking", "-p", "MLA stores", "-n", "5"]) == 0
+    assert module.Tokenizer.from_checkpoint(folder, "deepseek-v3").chat([{"role": "user", "content": "MLA stores"}]) == seen[1]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -141,7 +143,8 @@ def test_drafting_is_refused_where_there_is_no_layer_for_it(tmp_path, capfd):
     folder = variant(tmp_path / "None", config={"num_nextn_predict_layers": 0})
     assert main(["-m", str(folder), "--speculative"]) == 2
     out, err = capfd.readouterr()
-    assert out == "" and err == "deepseek_v3: None has no layer that predicts a second token; leave out --speculative\n"
+    assert out == "" and err == ("deepseek_v3: None has no layer that predicts a second token to be used: config.json announces 0 draft "
+                                 "layers, the files hold 1; only one can be used; leave out --speculative\n")
 
 
 def test_the_picture_in_the_readme_is_this_one(capfd):

@@ -159,15 +159,20 @@ def test_a_seed_repeats_an_answer(capfd):
     assert answers[0] == answers[1] != answers[2]
 
 
-def test_a_base_checkpoint_continues_text_and_refuses_conversation(capfd, base, monkeypatch):
+def test_a_base_checkpoint_continues_text_unless_a_conversation_is_asked_for(capfd, base, monkeypatch):
     seen = []
     monkeypatch.setattr(module, "generate", lambda model, ids, **settings: seen.append((ids, settings)) or iter(()))
     assert main(["-m", str(base), "-p", "Once upon"]) == 0
     ids, settings = seen[0]
     assert module.Tokenizer.from_checkpoint(TINY).encode("Once upon") == ids and settings["stop_ids"] == {0}
-    for flag in ("--chat", "--thinking"):
-        assert main(["-m", str(base), flag]) == 2
-        assert f"{flag} does not work with Base, a Base checkpoint" in capfd.readouterr().err
+    assert "Base stops at 0 as a Base checkpoint does, so its chat template is not used; --chat, " in capfd.readouterr().err
+    assert main(["-m", str(base), "--thinking", "-p", "Once upon"]) == 0  # who asks for a conversation gets one
+    ids, settings = seen[1]
+    tokenizer = module.Tokenizer.from_checkpoint(TINY)
+    assert ids == tokenizer.chat([{"role": "user", "content": "Once upon"}]) and settings["stop_ids"] == {0, tokenizer.end_of_turn}
+    assert "as a Base checkpoint does" not in capfd.readouterr().err
+    assert main(["-m", str(base), "--chat-format", "plain", "--chat"]) == 2
+    assert "--chat does not go with --chat-format plain, which continues text" in capfd.readouterr().err
     assert main(["-m", str(base), "-p", ""]) == 2
     assert "a prompt is empty" in capfd.readouterr().err
 
