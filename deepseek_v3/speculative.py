@@ -64,7 +64,7 @@ def speculate(model: Model, prompt_ids: list[int], max_new_tokens: int, sampler:
 
     generator = sampler.generator
     # Chosen, and not yet handed out.
-    new = [chosen(draw(sampler.distribution(model.head(hidden[0, -1:]), "new token 1"), generator))]
+    new = [chosen(draw(sampler.distribution(model.head(hidden[0, -1:]), 1), generator))]
     following = prompt_ids[start + 1:] + new  # the token behind each state in `hidden`
 
     count = 0
@@ -76,18 +76,19 @@ def speculate(model: Model, prompt_ids: list[int], max_new_tokens: int, sampler:
             count += 1
             if count == max_new_tokens:
                 return
-        drafted_logits = draft(model, following, hidden, cache.drafts, chunk)  # (1, V)
-        guess = sampler.distribution(drafted_logits, f"the draft of new token {count + 1}")  # (V,)
+        # A guess may be anything, also 0 where a damaged draft layer gives no number: the model decides.
+        logits = draft(model, following, hidden, cache.drafts, chunk).nan_to_num(0, 0, 0)  # (1, V)
+        guess = sampler.distribution(logits, count + 1)  # (V,)
         drafted = draw(guess, generator)
         hidden = model.model(torch.tensor([[new[-1], drafted]], device=cache.device), cache)  # (1, 2, D)
         logits = model.head(hidden[0])  # (2, V)
-        truth = sampler.distribution(logits[:1], f"new token {count + 1}")  # (V,)
+        truth = sampler.distribution(logits[:1], count + 1)  # (V,)
         token = chosen(verify(truth, guess, drafted, generator))
         acceptance.drafted += 1
         acceptance.accepted += token == drafted
         if token == drafted:
             # What follows the draft: only now, since a penalty has to know of it.
-            after = sampler.distribution(logits[1:], f"new token {count + 2}")
+            after = sampler.distribution(logits[1:], count + 2)
             new = [token, chosen(draw(after, generator))]
         else:
             cache.truncate(cache.length - 1)

@@ -108,14 +108,14 @@ class Sampler:
 
 
 def are_finite(logits: Tensor) -> Tensor:
-    """(B, V) -> (B,) bool. By the extremes, which NaN would be: a quarter of the time that looking at each number takes."""
+    """(B, V) -> (B,) bool. By the extremes, which are NaN if any number is: four times as fast as isfinite() of all."""
     return logits.amax(-1).isfinite() & logits.amin(-1).isfinite()
 
 
-def check_finite(logits: Tensor, of: str) -> None:
-    """ValueError where a number is infinite or NaN: greedy decoding would go on with some token, and sampling end somewhere deep."""
+def check_finite(logits: Tensor, number: int) -> None:
+    """ValueError where a number is infinite or NaN: greedy decoding would go on, and sampling end somewhere deep."""
     if not are_finite(logits).all():
-        raise ValueError(f"the logits of {of} are not finite: the weights are damaged, or overflow in "
+        raise ValueError(f"the logits of new token {number} are not finite: the weights are damaged, or overflow in "
                          f"{str(logits.dtype).removeprefix('torch.')}; try --dtype float32 or bfloat16")
 
 
@@ -155,7 +155,7 @@ def generate(model: Model, prompt_ids: list[int], *, max_new_tokens: int, temper
         prompt = torch.tensor([prompt_ids[known:]], device=cache.device)
         logits = prefill(model, prompt, cache, progress)
         for count in range(1, max_new_tokens + 1):
-            check_finite(logits, f"new token {count}")
+            check_finite(logits, count)
             token = choose(logits)  # (1,)
             if int(token) in stop_ids:
                 return
