@@ -64,12 +64,12 @@ def candidates(logits: Tensor, temperature: float, top_k: int | None, top_p: flo
 def penalise(logits: Tensor, text: Tensor, answer: Tensor, repetition_penalty: float, presence_penalty: float) -> Tensor:
     """Make tokens less likely that came already: logits (B, V) -> (B, V) float32.
 
-    A model that has said a thing twice finds it likely a third time, and may never leave the loop. `text` (B, V) is True
-    for the tokens of prompt and answer, `answer` (B, V) for those of the answer alone.
+    A model that has said a thing twice finds it likely a third time, and may never leave the loop. `text` (B, V) is
+    True for the tokens of prompt and answer, `answer` (B, V) for those of the answer alone.
 
         repetition   tokens of the text: a logit above 0 is divided by the penalty, one below 0 is multiplied by it
                      (CTRL, arXiv:1909.05858, section 4.1); 1 changes nothing
-        presence     tokens of the answer: the penalty is subtracted once, however often they came; 0 changes nothing
+        presence     tokens of the answer: the penalty is subtracted once, however often they came; 0: no change
     """
     logits = logits.float()
     repeated = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
@@ -80,7 +80,8 @@ class Sampler:
     """`sample` with its settings, its random numbers, and the tokens that came already."""
 
     def __init__(self, model: Model, prompts: list[list[int]], seed: int | None, temperature: float, top_k: int | None,
-                 top_p: float | None, min_p: float | None, repetition_penalty: float | None, presence_penalty: float | None):
+                 top_p: float | None, min_p: float | None, repetition_penalty: float | None,
+                 presence_penalty: float | None):
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
         self.penalties = 1.0 if repetition_penalty is None else repetition_penalty, presence_penalty or 0.0
         self.generator = new_generator(model, seed)
@@ -129,16 +130,16 @@ def generate(model: Model, prompt_ids: list[int], *, max_new_tokens: int, temper
     A `cache` that already holds the first tokens of the prompt saves computing them again; afterwards it
     holds all tokens but the last. `progress(done, total)` is called during prefill. `compiled` gives the same tokens,
     to rounding, by compiled.py, after some seconds of compiling.
-    Raises ValueError at once, before anything is computed, for a request that cannot be met; and for logits that are not
-    finite when they come.
+    Raises ValueError at once, before anything is computed, for a request that cannot be met; and for logits that are
+    not finite when they come.
     """
-    prompt_ids, stop_ids = list(prompt_ids), set(stop_ids)  # the caller may change theirs before the first token is asked for
+    prompt_ids, stop_ids = list(prompt_ids), set(stop_ids)  # the caller may change theirs before the first token
     check_request(model.config, [prompt_ids], max_new_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty,
                   presence_penalty)
     known = cache.length if cache is not None else 0
     if cache is not None and cache.made_for() != new_cache(model, 0).made_for():
-        raise ValueError("the cache was made for another model, type or device, or for a batch; new_cache(model, capacity) "
-                         "makes one that fits")
+        raise ValueError("the cache was made for another model, type or device, or for a batch; "
+                         "new_cache(model, capacity) makes one that fits")
     if known >= len(prompt_ids):
         raise ValueError(f"the cache holds {known} tokens, the prompt has {len(prompt_ids)}: nothing is left to compute")
     if max_new_tokens == 0:
