@@ -448,9 +448,10 @@ def test_many_threads_generate_as_one_and_leave_the_process_as_it_was(module, pa
 
 
 def test_a_product_of_one_row_touches_no_flag_of_the_process(package, monkeypatch):
-    layers, flags = module_of(package, "layers"), type(torch.backends.mkldnn)
-    monkeypatch.setattr(torch._C, "_set_mkldnn_enabled", lambda *_: pytest.fail("a flag of the whole process was set"))
-    assert flags and layers.product(torch.ones(1, 8).bfloat16(), torch.ones(4, 8).bfloat16()).tolist() == [[8.0] * 4]
+    layers, flags, x = module_of(package, "layers"), type(torch.backends.mkldnn), torch.ones(1, 8).bfloat16()
+    monkeypatch.setattr(flags, "__setattr__", lambda *_: pytest.fail("a flag of the whole process was set"))
+    monkeypatch.setattr(flags, "enabled", property(lambda self: True, lambda *_: pytest.fail("a flag of the whole process was set")))
+    assert layers.product(x, torch.ones(4, 8).bfloat16()).tolist() == [[8.0] * 4]
 
 
 def test_tables_of_positions_may_change_under_a_thread(package, model, monkeypatch):
