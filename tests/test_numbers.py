@@ -444,7 +444,7 @@ def test_many_threads_generate_as_one_and_leave_the_process_as_it_was(module, pa
         with ThreadPoolExecutor(6) as pool:
             assert list(pool.map(lambda request: list(module.generate(model, **request)), requests)) == alone
     assert state() == before
-    assert seconds(enough=4 * fast) <= 4 * fast
+    assert seconds(enough=8 * fast) <= 8 * fast  # without oneDNN it takes 50 times as long
 
 
 def test_a_product_of_one_row_touches_no_flag_of_the_process(package, monkeypatch):
