@@ -116,7 +116,7 @@ class Experts(nn.ModuleList):
         elif stacked and grouped_mm_is_one_kernel(x.device, self.down.dtype, *self.down.shape[1:]):
             mix = mix_stacked
         else:
-            mix = mix_one_token if len(x) == 1 else mix_grouped
+            mix = mix_one_token if len(x) == 1 and not torch.is_grad_enabled() else mix_grouped
         return mix(self, x, weights, chosen)
 
 
@@ -127,7 +127,7 @@ def mix_written_out(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor
 
 
 def mix_grouped(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-    """The same, each expert once, on the tokens that chose it. An expert that nobody chose is not touched.
+    """The same, each expert once, on the tokens that chose it. An expert that no token chose is not touched, except in training.
 
     Sorting the n*A choices by expert puts what one expert has to do into neighbouring rows:
 
@@ -139,8 +139,9 @@ def mix_grouped(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) ->
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()  # the one wait for a GPU
     rows = x.new_empty(len(order), x.shape[1])  # (n*A, D), by token again
     for expert, group in zip(experts, order.split(counts)):
-        if len(group):
-            rows[group] = expert(x[group // chosen.shape[1]])
+        # An expert without tokens still gets a gradient, of zeros, in training: DistributedDataParallel waits for all gradients.
+        if len(group) or (torch.is_grad_enabled() and any(weight.requires_grad for weight in expert.parameters())):
+            rows[group] = expert(x[group // chosen.shape[1]]).to(rows.dtype)  # another type under autocast
     return weigh(rows, weights)
 
 
@@ -176,7 +177,7 @@ def group_ends(sorted_: Tensor, E: int) -> Tensor:
 
 def weigh(rows: Tensor, weights: Tensor) -> Tensor:
     """Each token's A rows, weighed and added up: (n*A, D) and (n, A) -> (n, D)."""
-    return (rows.view(*weights.shape, -1) * weights[..., None]).sum(1).to(rows.dtype)
+    return (rows.view(*weights.shape, rows.shape[-1]) * weights[..., None]).sum(1).to(rows.dtype)
 
 
 class DeepSeekMoE(nn.Module):

@@ -16,12 +16,16 @@ DeepSeek-V3 (arXiv:2412.19437, sections 2.2 and 5.4.3).
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .layers import KVCache
 from .model import Model
+
+if TYPE_CHECKING:
+    from .generate import Sampler  # which imports this file
 
 
 @dataclass
@@ -37,10 +41,10 @@ class Acceptance:
 
 
 @torch.inference_mode()
-def speculate(model: Model, prompt_ids: list[int], max_new_tokens: int, distribution: Callable[[Tensor], Tensor],
-              generator: torch.Generator, stop_ids: Collection[int], cache: KVCache, acceptance: Acceptance, chunk: int,
+def speculate(model: Model, prompt_ids: list[int], max_new_tokens: int, sampler: "Sampler", stop_ids: Collection[int],
+              cache: KVCache, acceptance: Acceptance, chunk: int,
               progress: Callable[[int, int], None] | None) -> Iterator[int]:
-    """The tokens of `generate`. `distribution` turns logits (T, V) into the probabilities (T, V) to draw from.
+    """The tokens of `generate`.
 
     The layer that drafts has a cache of its own, `cache.drafts`: slot t holds what it made of the model's state at t
     and of the token at t+1.
@@ -53,7 +57,14 @@ def speculate(model: Model, prompt_ids: list[int], max_new_tokens: int, distribu
         one.length = start
         one.reserve(len(prompt_ids) + max_new_tokens)  # a draft may lie one beyond the last token
     hidden = read(model, prompt_ids[start:], cache, chunk, progress)  # (1, T, D)
-    new = [draw(distribution(model.head(hidden[0, -1:]))[0], generator)]  # chosen, and not yet handed out
+
+    def chosen(token: int) -> int:
+        sampler.add(torch.tensor([token], device=cache.device))
+        return token
+
+    generator = sampler.generator
+    # Chosen, and not yet handed out.
+    new = [chosen(draw(sampler.distribution(model.head(hidden[0, -1:]), 1), generator))]
     following = prompt_ids[start + 1:] + new  # the token behind each state in `hidden`
 
     count = 0
@@ -65,15 +76,20 @@ def speculate(model: Model, prompt_ids: list[int], max_new_tokens: int, distribu
             count += 1
             if count == max_new_tokens:
                 return
-        guess = distribution(draft(model, following, hidden, cache.drafts, chunk))[0]  # (V,)
+        # A guess may be anything, also 0 where a damaged draft layer gives no number: the model decides.
+        logits = draft(model, following, hidden, cache.drafts, chunk).nan_to_num(0, 0, 0)  # (1, V)
+        guess = sampler.distribution(logits, count + 1)  # (V,)
         drafted = draw(guess, generator)
         hidden = model.model(torch.tensor([[new[-1], drafted]], device=cache.device), cache)  # (1, 2, D)
-        truth = distribution(model.head(hidden[0]))  # (2, V)
-        token = verify(truth[0], guess, drafted, generator)
+        logits = model.head(hidden[0])  # (2, V)
+        truth = sampler.distribution(logits[:1], count + 1)  # (V,)
+        token = chosen(verify(truth, guess, drafted, generator))
         acceptance.drafted += 1
         acceptance.accepted += token == drafted
         if token == drafted:
-            new = [token, draw(truth[1], generator)]
+            # What follows the draft: only now, since a penalty has to know of it.
+            after = sampler.distribution(logits[1:], count + 2)
+            new = [token, chosen(draw(after, generator))]
         else:
             cache.truncate(cache.length - 1)
             new, hidden = [token], hidden[:, :1]

@@ -66,25 +66,16 @@ SLOW_IN_16_BITS = torch.backends.cpu.get_cpu_capability() == "AVX2"
 def product(x: Tensor, W: Tensor) -> Tensor:
     """x W^T: (…, T, in) and (…, out, in) -> (…, T, out)."""
     rows = x.shape[:-1].numel() // W.shape[:-2].numel()  # for each matrix
-    if rows == 1 and (x.device.type == "cpu" or torch.compiler.is_compiling()):
+    if rows == 1 and torch.compiler.is_compiling():
         return product_of_one_row(x, W)
     if x.device.type == "cpu" and rows >= 16 and x.itemsize == 2 and SLOW_IN_16_BITS:
         return product_in_float32(x, W)
-    return x @ W.mT
+    return x @ W.mT  # one row too: with torch 2.15 at full bandwidth; with 2.9 it takes up to 1.3 times as long as torch.mv
 
 
 def product_of_one_row(x: Tensor, W: Tensor) -> Tensor:
-    """The same as fast as W comes from memory: nothing else counts for one row."""
-    if torch.compiler.is_compiling():  # becomes one loop; a W made from FP8, or chosen among experts, is not written to memory
-        return (x[..., None, :].float() * W.unsqueeze(-3).float()).sum(-1).to(x.dtype)
-    # oneDNN, which PyTorch asks for products in bfloat16, is made for many rows and reaches two thirds of that speed;
-    # PyTorch's own kernel reaches nearly all.
-    onednn = torch.backends.mkldnn
-    before, onednn.enabled = onednn.enabled, False
-    try:
-        return x @ W.mT
-    finally:
-        onednn.enabled = before
+    """The same as one loop over W, for a compiler: a W made from FP8, or chosen among experts, is not written to memory."""
+    return (x[..., None, :].float() * W.unsqueeze(-3).float()).sum(-1).to(x.dtype)
 
 
 def product_in_float32(x: Tensor, W: Tensor) -> Tensor:
@@ -113,16 +104,19 @@ class RotaryEmbedding:
 
     def __call__(self, positions: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions (B or 1, T), all below `length` -> cos and sin (B or 1, 1, T, N/2), ready to multiply all heads."""
-        if length > len(self.cos) or self.cos.device != positions.device:
-            self.grow(max(256, 2 ** math.ceil(math.log2(length))), positions.device)
+        cos, sin = self.cos, self.sin  # taken once: another thread may change them at any moment
+        if length > min(len(cos), len(sin)) or {cos.device, sin.device} != {positions.device}:
+            cos, sin = self.grow(max(256, 2 ** math.ceil(math.log2(length))), positions.device)
         # The tables stay float32 and are rounded here: rounding an angle of 30,000 first would lose the position.
-        return self.cos[positions][:, None].to(dtype), self.sin[positions][:, None].to(dtype)
+        return cos[positions][:, None].to(dtype), sin[positions][:, None].to(dtype)
 
     @torch.inference_mode(False)  # else tables made while generating could never be trained through
-    def grow(self, length: int, device: torch.device) -> None:
+    def grow(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         frequency, scale = inverse_frequencies(self.config)
         angle = torch.arange(length, dtype=torch.float32)[:, None] * frequency  # (length, N/2)
-        self.cos, self.sin = (angle.cos() * scale).to(device), (angle.sin() * scale).to(device)
+        cos, sin = (angle.cos() * scale).to(device), (angle.sin() * scale).to(device)
+        self.cos, self.sin = cos, sin
+        return cos, sin
 
 
 def inverse_frequencies(config: Config) -> tuple[Tensor, float]:
@@ -195,6 +189,10 @@ class KVCache:
     @property
     def device(self) -> torch.device:
         return self.keys.device
+
+    def made_for(self) -> tuple:
+        """What must agree with a model's own cache: all sizes but the capacity, type and device, no padding."""
+        return *self.keys.shape[:3], self.keys.shape[4], self.keys.dtype, self.device, self.padding is None
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put keys and values (B, K, T, N) behind the last token; return all of the layer's, (B, K, S, N)."""

@@ -36,10 +36,6 @@ def copied(package: str) -> None:
     files.read = lambda self, name: read(self, name).clone()
 
 
-def with_onednn(package: str) -> None:
-    replace(package, "product", lambda x, W: x @ W.mT)
-
-
 def in_16_bits(package: str) -> None:
     replace(package, "SLOW_IN_16_BITS", False)
 
@@ -76,7 +72,6 @@ def latents_as_heads(package: str) -> None:
 
 TRICKS = {
     "weights stay in the mapped file": Trick("start", 32, copied),
-    "one row without oneDNN": Trick("decode", 32, with_onednn),
     "many rows in float32": Trick("prefill", 512, in_16_bits),
     "queries that share a key as rows of one product": Trick("decode", 4096, heads_apart, ("qwen3", "qwen3_moe")),
     "one token's experts without sorting": Trick("decode", 32, sorted_token, EXPERTS),

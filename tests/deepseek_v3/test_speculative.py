@@ -177,3 +177,12 @@ def test_a_checkpoint_without_the_layer_is_refused(drafting):
         module.generate(other, PROMPT, max_new_tokens=3, speculative=True)
     with pytest.raises(ValueError, match="no layer for multi-token prediction"):
         other.mtp(torch.tensor([[1]]), torch.zeros(1, 1, 24))
+
+
+def test_a_damaged_draft_layer_costs_time_and_no_token(drafting):
+    module, model = drafting
+    model = copy.deepcopy(model)
+    for weight in model.model.layers[-1].parameters():
+        weight.data.fill_(torch.nan)
+    assert speculative(module, model, PROMPT, 6)[0] == slowly(model, PROMPT, 6)
+    assert len(speculative(module, model, PROMPT, 6, temperature=1.0, repetition_penalty=1.2)[0]) == 6

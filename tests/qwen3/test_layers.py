@@ -163,13 +163,3 @@ def test_products_in_float32_are_for_many_rows_of_16_bits(monkeypatch):
             product(torch.ones(rows, 8, dtype=dtype), torch.ones(4, 8, dtype=dtype))
         product(torch.ones(3, 15, 8).half(), torch.ones(3, 4, 8).half())  # 15 rows for each matrix
     assert called == [(16, 8)]
-
-
-def test_onednn_is_left_as_it_was():
-    x, W = torch.randn(1, 8).bfloat16(), torch.randn(4, 8).bfloat16()
-    for before in (False, True):
-        with torch.backends.mkldnn.flags(enabled=before):
-            product(x, W)
-            with pytest.raises(RuntimeError):
-                product(x, W.float())
-            assert torch.backends.mkldnn.enabled == before
