@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from qwen3_moe import moe
+from qwen3_moe.engine.quantized import swap_in_fp8
+from qwen3_moe.layers import Linear
 from qwen3_moe.config import Config
 from qwen3_moe.generate import generate
 from qwen3_moe.moe import (Experts, Router, SparseMoeBlock, grouped_mm_is_one_kernel, mix_compiled, mix_grouped, mix_one_token, mix_stacked,
@@ -101,6 +103,8 @@ def test_chosen_fp8_experts_meet_their_own_scales():
     """Which differ by a factor of up to 20 here; those of a small checkpoint hardly do."""
     generator = torch.Generator().manual_seed(0)
     experts = Experts(6, 256, 128)
+    for name in [name for name, part in experts.named_modules() if isinstance(part, Linear)]:
+        swap_in_fp8(experts, name, (128, 128))
     experts.stack(torch.device("cpu"), torch.float8_e4m3fn)
     for stack in (experts.gate_up, experts.down):
         stack.copy_(torch.randn(stack.shape, generator=generator))
