@@ -25,6 +25,7 @@ from .config import Config
 from .engine.chat_formats import (ASSISTANT, BOS, END_THINK, EOS, FIRST, IM_END, IM_START, MARKERS, NUMBERED, PUBLISHED, THINK,  # noqa: F401
                                   USER, Format, Special, named, render)
 from .engine.templates import choose_format, find_template
+from .engine.fields import one_line
 from .engine.tiktoken_vocab import read_tiktoken
 
 
@@ -83,7 +84,7 @@ class Tokenizer:
         except (ValueError, OSError):
             raise
         except Exception as error:  # the library raises a bare Exception for every kind of damage
-            raise ValueError(f"{path}: not a readable tokenizer ({str(error)[:80]})") from None
+            raise ValueError(f"{path}: not a readable tokenizer ({one_line(error, 80)})") from None
         if not isinstance(tokenizer.model, tokenizers.models.BPE):
             raise ValueError(f"{path}: its model is {type(tokenizer.model).__name__}, only byte-level BPE is read here")
         vocabulary = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items()}

@@ -31,7 +31,7 @@ class Work:
         with torch.device("meta"):
             model = import_module(f"{package}.model").Model(config).to(weights.compute_dtype(config, files, None))
         stored, expanded = weights.bytes_per_token(model), model.model.norm.weight.dtype.itemsize
-        if config.weight_block_size:  # a byte for a weight in the matrices of the layers, which are nearly all
+        if config.quantization:  # a byte for a weight in the matrices of the layers, which are nearly all
             head = model.lm_head.weight.nbytes if model.lm_head is not None else model.model.embed_tokens.weight.nbytes
             values, stored = (stored - head) // expanded, head + (stored - head) // expanded
         else:

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from qwen3.engine.supported import PACKAGES as MODEL_TYPES  # model_type -> package
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("qwen3", "qwen3_moe", "deepseek_v3")
 
@@ -38,8 +40,8 @@ def package_of(folder: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; -m takes a name under checkpoints/ or a folder, --shape a published shape")
     kind = json.loads(path.read_text()).get("model_type")
-    package = {"kimi_k2": "deepseek_v3"}.get(kind, kind)
-    if package not in PACKAGES:
+    package = MODEL_TYPES.get(kind) if isinstance(kind, str) else None
+    if package is None:
         raise ValueError(f"{path}: model_type is {kind!r}; there are packages for {', '.join(PACKAGES)}")
     return package
 

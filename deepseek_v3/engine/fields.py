@@ -90,6 +90,11 @@ def short(value: object, most: int = 60) -> str:
     return text if len(text) <= most else text[:most - 1] + "…"
 
 
+def one_line(error: Exception, most: int = 120) -> str:
+    """What a library says of an error, as it may stand in a sentence."""
+    return " ".join(str(error).split())[:most]
+
+
 def plain(name: str) -> str:
     """A name out of a file as it may stand in a sentence: on one line, without quotes."""
     return short(name, 100)[1:].rstrip("'\"")
@@ -102,7 +107,7 @@ def read_json(path: Path) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({str(error)[:120]})") from None
+        raise ValueError(f"{path}: not valid JSON ({one_line(error)})") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     if not isinstance(values, dict):

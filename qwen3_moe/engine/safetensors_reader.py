@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .fields import plain, read_json, short
+from .fields import one_line, plain, read_json, short
 
 # The types of weights and scales, by their names in the header.
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn,
@@ -163,7 +163,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: truncated or damaged ({str(error)[:120]}); download it again") from None
+        raise ValueError(f"{path}: truncated or damaged ({one_line(error)}); download it again") from None
 
 
 def no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
