@@ -24,8 +24,8 @@ import tokenizers
 from .config import Config
 from .engine.chat_formats import (ASSISTANT, BOS, END_THINK, EOS, FIRST, IM_END, IM_START, MARKERS, NUMBERED, PUBLISHED, THINK,  # noqa: F401
                                   USER, Format, Special, named, render)
-from .engine.templates import choose_format, find_template
 from .engine.fields import one_line
+from .engine.templates import choose_format, find_template
 from .engine.tiktoken_vocab import read_tiktoken
 
 
