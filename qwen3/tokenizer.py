@@ -15,6 +15,7 @@ A checkpoint's chat format lies beside it as a template, a program. It is recogn
 """
 
 import codecs
+import re
 from collections.abc import Iterable, Iterator
 from itertools import chain, dropwhile, islice
 from pathlib import Path
@@ -78,15 +79,19 @@ class Tokenizer:
                                     "checkpoint again")
         path = path if path.is_file() else ranks
         try:
-            tokenizer = read_tiktoken(ranks, byte_alphabet()) if path == ranks else tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
+            tokenizer = read_tiktoken(ranks, byte_alphabet()) if path == ranks else read_tokenizer(path)
         except UnicodeDecodeError:
             raise ValueError(f"{path}: not a readable tokenizer (it is no UTF-8 text); download it again") from None
         except (ValueError, OSError):
             raise
-        except Exception as error:  # the library raises a bare Exception for every kind of damage
+        except BaseException as error:  # the library raises a bare Exception for every kind of damage, or panics
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise ValueError(f"{path}: not a readable tokenizer ({one_line(error, 80)})") from None
         if not isinstance(tokenizer.model, tokenizers.models.BPE):
             raise ValueError(f"{path}: its model is {type(tokenizer.model).__name__}, only byte-level BPE is read here")
+        if tokenizer.model.dropout:
+            raise ValueError(f"{path}: its BPE has a dropout of {tokenizer.model.dropout}, so a text would have other ids each time")
         vocabulary = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items()}
         folder = directory if directory.name else directory.resolve()  # notes name it
         format, notes = choose_format(folder, vocabulary, Config.from_checkpoint(directory).eos_token_id, chat_format)
@@ -156,6 +161,14 @@ def dropping_newlines(pieces: Iterator[str]) -> Iterator[str]:
     """The same without the newlines at the beginning, which are the chat format's."""
     pieces = dropwhile(lambda piece: not piece.strip("\n"), pieces)
     return chain((piece.lstrip("\n") for piece in islice(pieces, 1)), pieces)
+
+
+def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """tokenizer.json by the library. It panics at a word prefix, which byte-level BPE has none of."""
+    text = path.read_text("utf-8")
+    if re.search(r'"(continuing_subword_prefix|end_of_word_suffix)"\s*:\s*"[^"]', text):
+        raise ValueError(f"{path}: its BPE marks where words continue or end, only byte-level BPE is read here")
+    return tokenizers.Tokenizer.from_str(text)
 
 
 def byte_alphabet() -> str:

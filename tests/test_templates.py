@@ -278,3 +278,16 @@ def test_of_a_template_that_is_only_nearly_known_the_parts_that_are_clear_are_ke
 def test_a_long_or_broken_template_is_read_in_no_time():
     for template in ("{{" * 20_000, "{{ '" * 10_000, "{% set system = " + "a" * 30_000, "<|im_start|>" * 3000, "{% if a %}" * 4000):
         assert templates.read_format(template)[1] is False
+
+
+@pytest.mark.parametrize("changes, message", [({"continuing_subword_prefix": "yarn"}, "marks where words continue or end"),
+                                              ({"end_of_word_suffix": "</w>"}, "marks where words continue or end"),
+                                              ({"dropout": 0.5}, "dropout of 0.5, so a text would have other ids each time")])
+def test_another_kind_of_bpe_is_refused(tmp_path, changes, message):
+    """The library panics at the first: no exception that `except Exception` would see."""
+    shutil.copytree(Path(__file__).parents[1] / "checkpoints/Qwen3-Tiny", tmp_path, dirs_exist_ok=True)
+    vocabulary = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocabulary["model"] |= changes
+    (tmp_path / "tokenizer.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(ValueError, match=message):
+        module("qwen3", "tokenizer").Tokenizer.from_checkpoint(tmp_path)
