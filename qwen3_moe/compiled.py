@@ -7,6 +7,8 @@ What changed is made to stand still: the position is a tensor, the cache is seen
 mask hides those that are not written yet. A new block is a new recording, of the same kernels.
 """
 
+import inspect
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,18 @@ def run_layer(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, mask: Te
     return layer(x, cos, sin, mask, slots)
 
 
+def compiler_options(device: torch.device) -> dict[str, bool]:
+    """For torch.compile: round where the plain step rounds, or other tokens might come; and try sizes of blocks.
+
+    PyTorch says that a matmul of one row reaches a GPU's bandwidth only with the latter. On a CPU, PyTorch 2.9 and 2.10
+    cannot do the former: there the rounding may differ.
+    """
+    from torch._inductor.codegen.cpp import CppVecOverrides  # takes a second to import
+
+    rounds = device.type != "cpu" or "use_compute_types" in inspect.signature(CppVecOverrides.to_dtype).parameters
+    return {"emulate_precision_casts": rounds, "coordinate_descent_tuning": True}
+
+
 class CompiledStep:
     """step(token) -> logits, for one sequence: (1,) int64 -> (1, V). The cache moves on by one.
 
@@ -62,10 +76,7 @@ class CompiledStep:
         self.all_slots = torch.arange(cache.capacity, device=device)
         model.model.rotary_emb(self.position[None], cache.capacity, torch.float32)  # lets its tables grow now
         self.tables = model.model.rotary_emb.cos, model.model.rotary_emb.sin
-        # Numbers are rounded where the plain step rounds them, or other tokens might come.
-        # Descent: sizes of blocks are tried. PyTorch says that products of one row reach a GPU's bandwidth only so.
-        options = {"emulate_precision_casts": True, "coordinate_descent_tuning": True}
-        self.run_layer = torch.compile(run_layer, dynamic=True, options=options)
+        self.run_layer = torch.compile(run_layer, dynamic=True, options=compiler_options(device))
         self.slots: dict[int, list[Slots]] = {}  # by their end, for each layer
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by the same
 

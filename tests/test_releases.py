@@ -443,6 +443,34 @@ def test_what_the_library_refuses_is_refused(tmp_path, package, damage):
         load_file(path)
 
 
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
+def test_a_file_too_large_for_the_library_is_checked_all_the_same(tmp_path, monkeypatch, damage):
+    """It maps a file in a way that Linux refuses for one larger than memory."""
+    reader = module("qwen3", "engine.safetensors_reader")
+    monkeypatch.setattr(reader, "check_with_library", lambda path: None)
+    rewrite(write(tmp_path, "qwen3") / "model.safetensors", damage)
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        reader.CheckpointFiles(tmp_path)
+
+
+def test_the_library_has_the_last_word(tmp_path, package):
+    """A type that nobody knows, of a tensor that would be passed over."""
+    path = write(tmp_path, package) / "model.safetensors"
+    name = "model.layers.0.rotary_emb.inv_freq"
+    save_file(tensors_of(tmp_path) | {name: torch.ones(4)}, path)
+    rewrite(path, lambda header, body: (json.dumps(header | {name: header[name] | {"dtype": "F99"}}).encode(), body))
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        module(package, "weights").load_model(tmp_path)
+
+
+def test_a_grid_of_blocks_is_not_taken_for_rows():
+    """(1, 3) is a grid for 3 x 384 in blocks of 128, though there are three rows too."""
+    block_of = module("qwen3", "engine.quantized").block_of
+    assert block_of((3, 384), (1, 3), (128, 128)) == (128, 128) == block_of((384, 3), (3, 1), (128, 128))
+    assert block_of((3, 384), (3, 1), (128, 128)) == (1, 384) and block_of((3, 384), (2, 2), (128, 128)) is None
+    assert block_of((3, 384), (), None) == (3, 384) and block_of((200, 300), (2, 1, 3, 1), None) == (128, 128)
+
+
 @pytest.mark.parametrize("fp8", [False, True])
 def test_saving_and_copying_write_the_numbers_and_no_more(tmp_path, package, fp8):
     folder = write_fp8(tmp_path, package, "block") if fp8 else write(tmp_path, package, torch.bfloat16, torch_dtype="bfloat16")

@@ -55,8 +55,6 @@ def block_of(weight: tuple[int, ...], scale: tuple[int, ...], announced: tuple[i
     """Rows and columns that share a scale, by the shapes that are stored; None where they do not fit each other."""
     blocks = announced or (128, 128)
     grid = grid_of(weight, blocks)
-    if announced and scale == grid:
-        return blocks
     if math.prod(scale) == 1:
         return weight
     if scale in (weight[:1], (weight[0], 1)):

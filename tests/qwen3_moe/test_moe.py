@@ -99,6 +99,14 @@ def test_all_forms_are_one_sum(E, A, n, dtype, tolerance):
             assert fast.dtype == dtype and (fast.float() - slow).abs().max() <= tolerance * slow.abs().max()
 
 
+def picks_fp8_rows() -> bool:
+    try:
+        return torch.ones(2).to(torch.float8_e4m3fn)[torch.tensor([0])] is not None
+    except NotImplementedError:
+        return False
+
+
+@pytest.mark.skipif(not picks_fp8_rows(), reason="PyTorch 2.9 picks no rows of FP8 on a CPU, uncompiled")
 def test_chosen_fp8_experts_meet_their_own_scales():
     """Which differ by a factor of up to 20 here; those of a small checkpoint hardly do."""
     generator = torch.Generator().manual_seed(0)
