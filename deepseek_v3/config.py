@@ -148,7 +148,7 @@ def check_attention(fields: Fields) -> None:
                         ("head_dim", fields.get("qk_rope_head_dim")), ("num_key_value_heads", fields.get("num_attention_heads")),
                         ("num_local_experts", fields.get("n_routed_experts", fields.get("num_local_experts")))):
         if fields.get(name, known) != known:
-            fields.refuse(name, f"only {json.dumps(known)} is known here")
+            fields.refuse(name, f"only {json.dumps(known)[:60]} is known here")
     if fields.get("sliding_window") is not None and fields.boolean("use_sliding_window", True):
         fields.refuse("sliding_window", "sliding-window attention is not supported")
     layers = fields.integer("num_hidden_layers")
