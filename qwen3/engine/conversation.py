@@ -123,7 +123,7 @@ class Conversation:
         """Stream the answer to a conversation; return it, without what was thought."""
         if self.cache is None:
             self.cache = new_cache(self.model, len(prompt_ids))
-        # The rendered history changes behind the last question, since earlier thoughts are left out; what is
+        # The rendered history changes after the last question, since earlier reasoning is left out. What is
         # the same up to there need not be computed again. One token must be, to have logits.
         cached = self.cached_ids[:self.cache.length]  # Ctrl-C may have come before the last of them were computed
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(cached, prompt_ids)))
