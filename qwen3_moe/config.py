@@ -55,7 +55,7 @@ class Config:
     moe_intermediate_size: int  # the width of one expert; `intermediate_size` is that of a dense layer
     norm_topk_prob: bool  # the weights of the chosen experts are made to add up to 1
     decoder_sparse_step: int = 1  # every how many layers there are experts
-    mlp_only_layers: tuple[int, ...] = ()  # layers that are dense all the same
+    mlp_only_layers: tuple[int, ...] = ()  # layers that are dense in spite of that
     shared_expert_intermediate_size: int = 0  # 0: no shared expert, as in every released Qwen3-MoE
     rope_scaling: Yarn | None = None
     tie_word_embeddings: bool = False
@@ -192,7 +192,7 @@ def read_rope_object(fields: Fields, name: str) -> tuple[float, Yarn | None]:
         fields.refuse(name, "attn_factor and attention_factor are both there; leave out one")
     numbers = {key: rope.number(key, zero=key.startswith("mscale")) for key in Yarn.__dataclass_fields__
                if key != "truncate" and rope.get(key) is not None}
-    name = "original_max_position_embeddings"  # outside the object it goes before the one within, as in transformers 5
+    name = "original_max_position_embeddings"  # outside the object it overrides the one inside, as in transformers 5
     numbers[name] = (rope if fields.get(name) is None else fields).integer(name, fields.integer("max_position_embeddings"))
     return theta, Yarn(**numbers, truncate=rope.boolean("truncate", True))
 

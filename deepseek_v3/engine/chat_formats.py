@@ -166,7 +166,7 @@ def remembered(format: Format, message: dict[str, str], asked_later: bool, last:
 
 
 def last_question(messages: list[dict[str, str]]) -> int:
-    """Where it stands; a tool's result in a user's turn is no question. Without any: the end."""
+    """Its index; a tool's result in a user's turn is no question. Without any question: the last index."""
     questions = [i for i, message in enumerate(messages) if message["role"] == "user" and not (
         message["content"].startswith("<tool_response>") and message["content"].endswith("</tool_response>"))]
     return questions[-1] if questions else len(messages) - 1

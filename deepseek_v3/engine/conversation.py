@@ -34,7 +34,7 @@ Several pasted lines are one question. Ctrl-C stops an answer, clears a half-typ
 
 
 def chat_format(arguments: argparse.Namespace) -> dict[str, str]:
-    """For the tokenizer: who asks for a conversation gets one, though the files look like a Base checkpoint's."""
+    """The tokenizer's argument: a user who asks for a conversation gets one, even if the files look like a Base checkpoint."""
     asked = arguments.chat or arguments.system or arguments.thinking is not None
     wanted = arguments.chat_format or ("template" if asked else None)
     return {"chat_format": wanted} if wanted else {}
@@ -195,7 +195,7 @@ def chat(conversation: Conversation) -> None:
         if command in ("/exit", "/quit") and not text:
             return
         if command in ("/exit", "/quit", "/help") and text:
-            note(f"{command} stands alone; /{command} {text} would ask that as a question"[:299])
+            note(f"{command} takes no text; /{command} {text} asks that as a question"[:299])
             continue
         if command == "/help":
             note(HELP)

@@ -52,7 +52,7 @@ def takes_escapes(stream: TextIO | None) -> bool:
 
 
 def progress(what: str) -> Callable[[int, int], None]:
-    """`show(done, total)`: a line that overwrites itself and disappears at the end, where somebody looks at it."""
+    """`show(done, total)`: a line that overwrites itself and disappears at the end; nothing where stderr is no terminal."""
     def show(done: int, total: int) -> None:
         if is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb":
             columns = shutil.get_terminal_size().columns - 1
