@@ -170,7 +170,7 @@ def generate(model: Model, prompt_ids: list[int], *, max_new_tokens: int, temper
         if compiled:
             raise ValueError("drafting is not compiled; leave out --compile or --speculative")
         if not model.config.num_nextn_predict_layers:
-            why = f" to be used: {model.config.no_drafts}" if model.config.no_drafts else ""
+            why = f" that can be used ({model.config.no_drafts})" if model.config.no_drafts else ""
             raise ValueError(f"this checkpoint has no layer that predicts a second token{why}; leave out --speculative")
         return speculate(model, prompt_ids, max_new_tokens, choose, stop_ids, cache, acceptance or Acceptance(), PREFILL_CHUNK,
                          progress)
