@@ -1,4 +1,8 @@
-"""DeepSeek-V3: read README.md, then config, tokenizer, layers, mla, moe, model, files, weights, generate, speculative, main."""
+"""DeepSeek-V3. Read README.md, then the files in this order:
+
+config, tokenizer, layers, attention, mla, moe, model, weights, generate, speculative, main.
+The folder engine/ is not needed for the lesson.
+"""
 
 import importlib
 import warnings

@@ -26,13 +26,13 @@ class Slots:
         self.latents, self.position = cache.latents[layer, :, :end], position
 
     def write(self, layer: int, latents: Tensor) -> Tensor:
-        """KVCache.write, but all slots are returned, and the mask has to hide those behind."""
+        """KVCache.write, but all slots are returned, and the mask has to hide the later ones."""
         self.latents.index_copy_(1, self.position, latents)
         return self.latents
 
 
 def clear(cache: KVCache) -> None:
-    """Zeros behind the last token: a weight of 0 takes nothing from a masked slot, but 0 times NaN, which may lie there, is NaN."""
+    """Zeros after the last token: a weight of 0 takes nothing from a masked slot, but 0 times NaN, which may lie there, is NaN."""
     cache.latents[:, :, cache.length:] = 0
 
 
@@ -56,7 +56,7 @@ def compiler_options(device: torch.device) -> dict[str, bool]:
 class CompiledStep:
     """step(token) -> logits, for one sequence: (1,) int64 -> (1, V). The cache moves on by one.
 
-    Raises ValueError for experts that are not stacked, and where PyTorch cannot compile (for want of a C++ compiler,
+    Raises ValueError for experts that are not stacked, and where PyTorch cannot compile (without a C++ compiler,
     for instance).
     """
 

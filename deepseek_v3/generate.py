@@ -148,7 +148,7 @@ def generate(model: Model, prompt_ids: list[int], *, max_new_tokens: int, temper
     holds all tokens but the last. `progress(done, total)` is called during prefill. `speculative` gives the same
     tokens in fewer steps, counts in `acceptance`, and may leave the last token and a stop id in the cache.
     `compiled` gives the same tokens (to rounding) by compiled.py, after some seconds of compiling, and not together with `speculative`.
-    Raises ValueError at once, before anything is computed, for a request that cannot be met; and for logits that are
+    Raises ValueError, before anything is computed, for a request that cannot be met; and for logits that are
     not finite when they come.
     """
     prompt_ids, stop_ids = list(prompt_ids), set(stop_ids)  # the caller may change theirs before the first token
@@ -170,7 +170,7 @@ def generate(model: Model, prompt_ids: list[int], *, max_new_tokens: int, temper
         if compiled:
             raise ValueError("drafting is not compiled; leave out --compile or --speculative")
         if not model.config.num_nextn_predict_layers:
-            why = f" to be used: {model.config.no_drafts}" if model.config.no_drafts else ""
+            why = f" that can be used ({model.config.no_drafts})" if model.config.no_drafts else ""
             raise ValueError(f"this checkpoint has no layer that predicts a second token{why}; leave out --speculative")
         return speculate(model, prompt_ids, max_new_tokens, choose, stop_ids, cache, acceptance or Acceptance(), PREFILL_CHUNK,
                          progress)

@@ -206,7 +206,7 @@ class KVCache:
         return *self.latents.shape[:2], self.latents.shape[3], self.latents.dtype, self.device, self.padding is None
 
     def write(self, layer: int, latents: Tensor) -> Tensor:
-        """Put latents (B, T, R + P) behind the last token; return all of the layer's, (B, S, R + P)."""
+        """Put latents (B, T, R + P) after the last token; return all of the layer's, (B, S, R + P)."""
         end = self.length + latents.shape[1]
         if end > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens, {end} are needed")

@@ -43,7 +43,7 @@ class DecoderLayer(nn.Module):
 
 
 class MTPLayer(DecoderLayer):
-    """The layer behind the last. The embedding and the head it uses are the main model's; files hold them twice."""
+    """The draft layer (MTP module), after the last layer. It uses the embedding and the head of the main model; files hold copies."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__(config, layer, cache_layer=0)  # it has a cache of its own

@@ -1,9 +1,9 @@
 """6b. Speculative decoding: two tokens for one reading of the weights, where a draft turns out right.
 
     tokens so far     … a b c          c was just chosen, from the model's state h at b
-    draft             the layer behind the last, from h and c            -> d?
+    draft             the MTP module, from h and c                       -> d?
     one step          the model reads c and d? together                  -> what follows c, and what follows d?
-    d? is accepted    ... c d e        e is what follows d?, and came for nothing
+    d? is accepted    ... c d e        e is what follows d?, and is free
     d? is rejected    ... c x          x is what follows c; d? is cut out of the cache
 
 Decoding waits for weights to come from memory, and two tokens need hardly more of them than one; that the draft is

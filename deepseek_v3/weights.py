@@ -102,11 +102,14 @@ def check_drafts(config: Config, files: CheckpointFiles) -> Config:
     The main model needs none: what lies after its last layer is dropped where it is not announced, not whole, more than one
     layer, or made for another embedding or head than the model's. `no_drafts` then says which.
     """
-    first, why = config.num_hidden_layers, ""
+    first, why, notes = config.num_hidden_layers, "", config.notes
     extra = {name: int(match[1]) for name in files.tensors if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))}
     extra = {name: layer for name, layer in extra.items() if layer >= first}
+    drafts = {layer for name, layer in extra.items() if name.endswith((".eh_proj.weight", ".enorm.weight", ".hnorm.weight"))}
+    if ordinary := sorted(set(extra.values()) - drafts):
+        notes += (f"the files hold layer {ordinary[0]} and config.json has only {first} layers (num_hidden_layers): it is not used",)
     if config.num_nextn_predict_layers != 1 or any(layer > first for layer in extra.values()):
-        why = f"config.json announces {config.num_nextn_predict_layers} draft layers, the files hold {len(set(extra.values()))}; only one can be used"
+        why = f"config.json announces {config.num_nextn_predict_layers} draft layers, the files hold {len(set(extra.values()))}, one is expected"
     elif extra:
         with torch.device("meta"):
             layer = MTPLayer(config, first)
@@ -126,6 +129,7 @@ def check_drafts(config: Config, files: CheckpointFiles) -> Config:
             extra = copies
     for name in extra:
         files.tensors.pop(name, None)
+    config = replace(config, notes=notes)
     return config if extra and not why and config.num_nextn_predict_layers == 1 else replace(
         config, num_nextn_predict_layers=0, no_drafts=why if extra else "")
 

@@ -1,4 +1,8 @@
-"""Qwen3, the dense models: read README.md, then config, tokenizer, layers, model, files, weights, generate, main."""
+"""Qwen3, the dense models. Read README.md, then the files in this order:
+
+config, tokenizer, layers, attention, model, weights, generate, main.
+The folder engine/ is not needed for the lesson.
+"""
 
 import importlib
 import warnings

@@ -25,14 +25,14 @@ class Slots:
         self.keys, self.values, self.position = cache.keys[layer, :, :, :end], cache.values[layer, :, :, :end], position
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """KVCache.write, but all slots are returned, and the mask has to hide those behind."""
+        """KVCache.write, but all slots are returned, and the mask has to hide the later ones."""
         self.keys.index_copy_(2, self.position, keys)
         self.values.index_copy_(2, self.position, values)
         return self.keys, self.values
 
 
 def clear(cache: KVCache) -> None:
-    """Zeros behind the last token: a weight of 0 takes nothing from a masked slot, but 0 times NaN, which may lie there, is NaN."""
+    """Zeros after the last token: a weight of 0 takes nothing from a masked slot, but 0 times NaN, which may lie there, is NaN."""
     cache.keys[:, :, :, cache.length:] = 0
     cache.values[:, :, :, cache.length:] = 0
 
@@ -57,7 +57,7 @@ def compiler_options(device: torch.device) -> dict[str, bool]:
 class CompiledStep:
     """step(token) -> logits, for one sequence: (1,) int64 -> (1, V). The cache moves on by one.
 
-    Raises ValueError where PyTorch cannot compile, for want of a C++ compiler for instance.
+    Raises ValueError where PyTorch cannot compile, for instance without a C++ compiler.
     """
 
     def __init__(self, model: Model, cache: KVCache):

@@ -159,7 +159,7 @@ def read_rope_object(fields: Fields, name: str) -> tuple[float, Yarn | None]:
         fields.refuse(name, "attn_factor and attention_factor are both there; leave out one")
     numbers = {key: rope.number(key, zero=key.startswith("mscale")) for key in Yarn.__dataclass_fields__
                if key != "truncate" and rope.get(key) is not None}
-    name = "original_max_position_embeddings"  # outside the object it goes before the one within, as in transformers 5
+    name = "original_max_position_embeddings"  # outside the object it overrides the one inside, as in transformers 5
     numbers[name] = (rope if fields.get(name) is None else fields).integer(name, fields.integer("max_position_embeddings"))
     return theta, Yarn(**numbers, truncate=rope.boolean("truncate", True))
 

@@ -7,7 +7,7 @@ One alphabet of dimensions, for every shape note and einsum:
     B batch      T new tokens     S all tokens so far, cached and new     D hidden size     V vocabulary
     H query heads     K key/value heads     G = H/K queries that share a key     N head size     F MLP size
 
-What is particular to Qwen3 among models of its kind: an RMSNorm on every query and key head before the
+What is particular to Qwen3 among similar models: an RMSNorm on every query and key head before the
 rotation (QK-Norm), no biases anywhere, and a head size N of its own (H*N need not be D).
 
 Papers: RMSNorm (arXiv:1910.07467), RoPE (arXiv:2104.09864), YaRN (arXiv:2309.00071), SwiGLU (arXiv:2002.05202).
@@ -195,7 +195,7 @@ class KVCache:
         return *self.keys.shape[:3], self.keys.shape[4], self.keys.dtype, self.device, self.padding is None
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put keys and values (B, K, T, N) behind the last token; return all of the layer's, (B, K, S, N)."""
+        """Put keys and values (B, K, T, N) after the last token; return all of the layer's, (B, K, S, N)."""
         end = self.length + keys.shape[2]
         if end > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens, {end} are needed")

@@ -71,8 +71,6 @@ class Tokenizer:
         naming the file that is missing, damaged or of another kind.
         """
         directory = Path(directory)
-        if chat_format not in (None, "plain", "template"):
-            named(chat_format)  # a misspelled name is told before files are read
         path, ranks = directory / "tokenizer.json", directory / "tiktoken.model"
         if not path.is_file() and not ranks.is_file():
             raise FileNotFoundError(f"{path}: no such file, nor {ranks.name}; one of them holds the vocabulary, download the "

@@ -1,4 +1,8 @@
-"""Qwen3-MoE, the mixture of experts: read README.md, then config, tokenizer, layers, moe, model, files, weights, generate, main."""
+"""Qwen3-MoE, the mixture of experts. Read README.md, then the files in this order:
+
+config, tokenizer, layers, attention, moe, model, weights, generate, main.
+The folder engine/ is not needed for the lesson.
+"""
 
 import importlib
 import warnings

@@ -130,7 +130,7 @@ def generate(model: Model, prompt_ids: list[int], *, max_new_tokens: int, temper
     A `cache` that already holds the first tokens of the prompt saves computing them again; afterwards it
     holds all tokens but the last. `progress(done, total)` is called during prefill. `compiled` gives the same tokens,
     to rounding, by compiled.py, after some seconds of compiling.
-    Raises ValueError at once, before anything is computed, for a request that cannot be met; and for logits that are
+    Raises ValueError, before anything is computed, for a request that cannot be met; and for logits that are
     not finite when they come.
     """
     prompt_ids, stop_ids = list(prompt_ids), set(stop_ids)  # the caller may change theirs before the first token

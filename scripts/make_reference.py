@@ -78,7 +78,7 @@ def stack_experts(tensors: dict[str, torch.Tensor], name: str, E: int) -> None:
 
 @torch.inference_mode()
 def second_token(path: Path, model: torch.nn.Module, prompt: list[int]) -> torch.Tensor:
-    """Logits of the layer behind the last, put together from transformers' own parts: (T - 1, V)."""
+    """Logits of the MTP module, put together from transformers' own parts: (T - 1, V)."""
     config, last = model.config, f"model.layers.{model.config.num_hidden_layers}."
     layer = MtpLayer(config, DeepseekV3DecoderLayer, DeepseekV3RMSNorm, config.num_hidden_layers).to(model.dtype)
     tensors = {name.removeprefix(last): tensor for name, tensor in load_file(path / "model.safetensors").items()

@@ -170,7 +170,7 @@ def save(model: torch.nn.Module, tokenizer: tokenizers.Tokenizer, package: str, 
     config = KINDS[package][1]
     tensors = {name: tensor.detach().to(torch.float32 if name.endswith("_bias") else torch.bfloat16).contiguous()
                for name, tensor in model.state_dict().items()}
-    if package == "deepseek_v3":  # as in the release, the layer behind the last holds the embedding and the head once more
+    if package == "deepseek_v3":  # as in the release, the MTP module holds the embedding and the head once more
         last = f"model.layers.{config['num_hidden_layers']}"
         tensors[f"{last}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors[f"{last}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()

@@ -95,6 +95,8 @@ def test_a_package_stands_alone_and_is_read_in_one_sitting(package):
     for path in (ROOT / package).rglob("*.py"):
         text = path.read_text()
         assert len(text.splitlines()) <= 300, f"{path} is too long to be read in one sitting"
+        defined = [node.name for node in ast.parse(text).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+        assert len(set(defined)) == len(defined), f"{path} defines a name twice, as a bad merge does"
         for node in ast.walk(ast.parse(text)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
                 [node.module or ""] if isinstance(node, ast.ImportFrom) else [])

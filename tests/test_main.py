@@ -269,7 +269,7 @@ def test_slashes_and_words_that_leave(monkeypatch, capfd):
     err = capfd.readouterr().err
     asked = ["/usr/bin is what?", "/think about it", "What is x? /no_think", "/* c */ int x;", "exit the loop"]
     assert code == 0 and [prompt.rpartition("user\n")[2].partition("<|im_end|>")[0] for prompt in prompts] == asked
-    assert "/nothink is not known" in err and "Several pasted lines are one question" in err and "/exit stands alone" in err
+    assert "/nothink is not known" in err and "Several pasted lines are one question" in err and "/exit takes no text" in err
     for word in ("exit", "quit", "/exit", "/quit", "Exit"):
         assert converse(monkeypatch, "qwen3", word, "never") == (0, [])
 

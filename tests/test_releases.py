@@ -513,3 +513,10 @@ def test_freed_memory_heeds_ulimit_and_both_versions_of_cgroups(tmp_path, monkey
         (limit, limit) for name, limit in limits.items() if getattr(memory.resource, name) == which))
     assert memory.free_of_limits(proc) == 4_000_000 - 3000 * 1024
     assert memory.free_of_machine(tmp_path) is None and memory.free_of_cgroup(tmp_path, root) is None
+
+
+def test_a_stop_id_outside_the_vocabulary_is_passed_over_with_a_note(package, tmp_path):
+    folder = write(tmp_path / "x", package)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 10**6]}))
+    config, _ = module(package, "weights").read_checkpoint(folder)
+    assert config.eos_token_id == (5,) and sum("eos_token_id 1000000 is outside the vocabulary" in note for note in config.notes) == 1

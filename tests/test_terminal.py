@@ -117,10 +117,17 @@ class OutOfMemoryError(RuntimeError):
     (RuntimeError("Found no NVIDIA driver on your system"), "the device failed"),
     (ValueError("top_k is -1,\nexpected 1 or more"), "top_k is -1, expected 1 or more"),
     (ValueError("x" * 5000), "x" * 38 + "…" + "x" * 40),
+    (ValueError("word " * 100), "word word"),
+    (OSError(28, "No space left on device"), "cannot write or read (No space left on device)"),
+    (FileNotFoundError(2, "No such file or directory", "/a/b"), "/a/b: No such file or directory"),
 ])
 def test_what_a_user_can_mend_is_one_sentence(error, expected):
     text = terminal.sentence(error)
     assert expected in text and len(text) < 300 and "\n" not in text
+
+
+def test_a_sentence_that_is_cut_says_so():
+    assert terminal.sentence(ValueError("word " * 100)).endswith("…")
 
 
 def test_a_fault_of_the_program_stays_visible():
@@ -134,6 +141,19 @@ def run_program(body: str, shell: str = "", **how) -> subprocess.CompletedProces
     """A main() with this body, as the process; `shell` redirects."""
     code = f"import sys\nfrom qwen3.engine import terminal\nterminal.start()\ndef main():\n    {body}\nterminal.program(main)"
     return subprocess.run(f"exec {sys.executable} -c '{code}' {shell}", shell=True, cwd=ROOT, capture_output=True, text=True, **how)
+
+
+@unix
+@pytest.mark.parametrize("fails, code, message", [
+    ("import torch_", 2, "qwen3: cannot start: No module named torch_; `uv run python -m qwen3.main` installs what it needs\n"),
+    ("raise ImportError(\"libtorch.so: failed to map segment\")", 2, "qwen3: cannot start: libtorch.so: failed to map segment; memory is "
+     "limited (`ulimit -v`), or a package has to be installed again\n"),
+    ("raise MemoryError", 2, "qwen3: cannot start: MemoryError; memory is"),
+    ("from qwen3.engine.terminal import nothing", 1, "Traceback"), ("1 / 0", 1, "Traceback")])
+def test_an_import_that_fails_is_one_sentence(fails, code, message):
+    done = subprocess.run([sys.executable, "-c", f"from qwen3.engine import terminal\nterminal.start()\n{fails}"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == code and done.stderr.replace("'", "").startswith(message)
 
 
 @unix
@@ -157,7 +177,7 @@ def test_closed_and_full_streams_are_no_reason_for_a_traceback(shell, code):
     if "|" in shell:  # the reader may leave before or after the answer
         assert done.stderr in ("1\n", "1\n3\n")
         return
-    assert done.stderr == ("" if "2>" in shell else "1\nqwen3: [Errno 28] No space left on device\n" if code else "1\n3\n")
+    assert done.stderr == ("" if "2>" in shell else "1\nqwen3: cannot write or read (No space left on device)\n" if code else "1\n3\n")
 
 
 # Typing

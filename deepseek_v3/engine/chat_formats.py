@@ -10,6 +10,7 @@ texts and special tokens (class Special): text of a message never becomes a spec
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 IM_START, IM_END, IM_MIDDLE, THINK, END_THINK = "<|im_start|>", "<|im_end|>", "<|im_middle|>", "<think>", "</think>"
@@ -92,10 +93,10 @@ FORMATS = known(
 NEAREST = {"chatml": "chatml", "deepseek": "deepseek-v3", "kimi": "kimi-k2", "glm": "glm-4.7"}
 
 
-def named(name: str) -> Format:
-    """The format of that name; ValueError lists the names."""
+def named(name: str, names: Iterable[str] = FORMATS) -> Format:
+    """The format of that name; ValueError lists `names`, those that can be chosen."""
     if name not in FORMATS:
-        raise ValueError(f"{name[:40]!r} is no chat format known here; known are plain, template, {', '.join(FORMATS)}")
+        raise ValueError(f"chat format {name[:16]!r} is not known; choose {', '.join(('plain', 'template', *names))}")
     return FORMATS[name]
 
 
@@ -147,7 +148,7 @@ def with_default_system(format: Format, messages: list[dict[str, str]]) -> list[
 def remembered(format: Format, message: dict[str, str], asked_later: bool, last: bool) -> list[str]:
     """An answer of the history. Reasoning is mostly left out: it was needed once, and would fill the context.
 
-    whole: as it is. answer: from behind </think>; "answer, last whole" except the conversation's last message.
+    whole: as it is. answer: what follows </think>; "answer, last whole" except the conversation's last message.
     last question: reasoning stays in what follows the last question, and the very last message has it even if empty;
     "last question, if any" except an empty one. kept: always, even an empty one; "kept, if any" except an empty one.
     """
@@ -165,7 +166,7 @@ def remembered(format: Format, message: dict[str, str], asked_later: bool, last:
 
 
 def last_question(messages: list[dict[str, str]]) -> int:
-    """Where it stands; a tool's result in a user's turn is no question. Without any: the end."""
+    """Its index; a tool's result in a user's turn is no question. Without any question: the last index."""
     questions = [i for i, message in enumerate(messages) if message["role"] == "user" and not (
         message["content"].startswith("<tool_response>") and message["content"].endswith("</tool_response>"))]
     return questions[-1] if questions else len(messages) - 1

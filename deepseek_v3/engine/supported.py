@@ -64,7 +64,7 @@ GENERATION_OFF = {
     "forced_bos_token_id": (), "forced_eos_token_id": (), "exponential_decay_length_penalty": (), "watermarking_config": (),
     "token_healing": (False,), "dola_layers": (),
 }
-# … and what does not: it bounds or stops generation, is about outputs or memory, or only means something beside beams.
+# … and what does not: it bounds or stops generation, is about outputs or memory, or only means something with beams.
 PASSED_OVER = set("""
     max_length max_new_tokens max_time max_tokens stop_strings stop_words_ids use_cache cache_implementation cache_config max_cache_len
     return_legacy_cache prefill_chunk_size low_memory pad_token_id bos_token_id decoder_start_token_id transformers_version

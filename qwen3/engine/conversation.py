@@ -34,7 +34,7 @@ Several pasted lines are one question. Ctrl-C stops an answer, clears a half-typ
 
 
 def chat_format(arguments: argparse.Namespace) -> dict[str, str]:
-    """For the tokenizer: who asks for a conversation gets one, though the files look like a Base checkpoint's."""
+    """The tokenizer's argument: a user who asks for a conversation gets one, even if the files look like a Base checkpoint."""
     asked = arguments.chat or arguments.system or arguments.thinking is not None
     wanted = arguments.chat_format or ("template" if asked else None)
     return {"chat_format": wanted} if wanted else {}
@@ -123,7 +123,7 @@ class Conversation:
         """Stream the answer to a conversation; return it, without what was thought."""
         if self.cache is None:
             self.cache = new_cache(self.model, len(prompt_ids))
-        # The rendered history changes behind the last question, since earlier thoughts are left out; what is
+        # The rendered history changes after the last question, since earlier reasoning is left out. What is
         # the same up to there need not be computed again. One token must be, to have logits.
         cached = self.cached_ids[:self.cache.length]  # Ctrl-C may have come before the last of them were computed
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(cached, prompt_ids)))
@@ -195,7 +195,7 @@ def chat(conversation: Conversation) -> None:
         if command in ("/exit", "/quit") and not text:
             return
         if command in ("/exit", "/quit", "/help") and text:
-            note(f"{command} stands alone; /{command} {text} would ask that as a question"[:299])
+            note(f"{command} takes no text; /{command} {text} asks that as a question"[:299])
             continue
         if command == "/help":
             note(HELP)

@@ -83,7 +83,7 @@ class Fields:
 
 
 def short(value: object, most: int = 60) -> str:
-    """A value as it may stand in a sentence."""
+    """A value, made fit for a sentence."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**most:
         return f"a number of {math.floor(math.log10(abs(value))) + 1} digits"
     text = repr(value)
@@ -96,7 +96,7 @@ def one_line(error: Exception, most: int = 120) -> str:
 
 
 def plain(name: str) -> str:
-    """A name out of a file as it may stand in a sentence: on one line, without quotes."""
+    """A name from a file, made fit for a sentence: short, on one line, without quotes."""
     return short(name, 100)[1:].rstrip("'\"")
 
 

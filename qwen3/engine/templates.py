@@ -37,7 +37,8 @@ def choose_format(directory: Path, vocabulary: Mapping[str, int], stops: Iterabl
     template, notes = find_template(directory)
     format, exact = read_format(template) if template else (None, False)
     if wanted not in (None, "template"):
-        format = format if format and format.name == wanted else named(wanted)
+        fitting = [name for name, known in FORMATS.items() if not missing(known, vocabulary)]
+        format = format if format and format.name == wanted else named(wanted, fitting)
         if lacking := missing(format, vocabulary):
             raise ValueError(f"{directory.name} cannot be asked as {wanted}: its vocabulary has no {lacking}")
         return format, []

@@ -21,11 +21,11 @@ UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]", r"[\p{Ll}\p{Lm}\p
 ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 PIECES = "|".join([r"[\p{Han}]+", rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{ENDING}", rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{ENDING}",
                    r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"])
-SPECIAL = 256  # ids behind the ranks; those that tokenizer_config.json does not name are reserved
+SPECIAL = 256  # ids after the ranks; those that tokenizer_config.json does not name are reserved
 
 
 def read_tiktoken(path: Path, alphabet: str) -> tokenizers.Tokenizer:
-    """The vocabulary at `path`, with the control tokens that tokenizer_config.json beside it names.
+    """The vocabulary at `path`, with the special tokens that tokenizer_config.json beside it names.
 
     `alphabet` are the 256 characters that stand for bytes. Raises ValueError naming a damaged file.
     """

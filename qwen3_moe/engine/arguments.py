@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
             "the checkpoint's")
         thinking = self.add_mutually_exclusive_group()
         thinking.add_argument("--thinking", action="store_true", default=None, help="reason before answering (the default)")
-        thinking.add_argument("--no-thinking", action="store_false", dest="thinking", help="answer at once")
+        thinking.add_argument("--no-thinking", action="store_false", dest="thinking", help="answer without reasoning")
         add("--system", metavar="TEXT", help="a system prompt")
         add("--chat", action="store_true", help="a conversation; in it, /help shows the commands")
         add("--chat-format", metavar="NAME", help='how a conversation is written, where the checkpoint\'s template is not known; '

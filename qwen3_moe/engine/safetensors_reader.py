@@ -206,7 +206,7 @@ def files_of(directory: Path, index: str) -> dict[str, set[str]]:
         if files := sorted(path.name for path in directory.glob(pattern)):
             if what == "pickled weights":
                 raise ValueError(f"{directory}: has only pickled weights ({plain(files[0])}); those can run code when opened and "
-                                 "are never read here. Convert them to safetensors first.")
+                                 "are never read here; convert them to safetensors first")
             raise ValueError(f"{directory}: has only {what} the safetensors release of the model")
     raise FileNotFoundError(f"{directory}: no weights in it, neither model.safetensors nor {index}; download it again")
 

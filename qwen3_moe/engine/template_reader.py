@@ -17,8 +17,8 @@ TAG = re.compile(rf"(?P<comment>\{{#.*?#\}})|\{{%(?P<open>[-+]?)(?P<tag>{BODY})(
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\n": ""}
 LONGEST = 40_000  # characters; published templates have up to 16,000
 
-# What is so in each conversation that is rendered here: texts by three roles, no tools, an answer is to follow.
-SO, NOT_SO = (re.compile("|".join(patterns)) for patterns in (
+# What holds, and what does not, in every conversation that is rendered here: texts by three roles, no tools, an answer is to follow.
+HOLDS, HOLDS_NOT = (re.compile("|".join(patterns)) for patterns in (
     [r"tools (is|==) (none|undefined|not defined)", r".*tool_calls (is none|is not defined|is undefined)|'tool_calls' not in .*",
      r"message\.role != '(tool|ipython|function|observation)'", r"(content|messages\[0\]\.content) is (string|not none|defined)",
      r"add_generation_prompt( is defined| is true)?|messages|message|message\.role is defined", r"(enable_)?thinking is defined",
@@ -28,7 +28,7 @@ SO, NOT_SO = (re.compile("|".join(patterns)) for patterns in (
      r"(content|message\.content|messages\[0\]\.content) is (none|not string|not defined|iterable|mapping)",
      r"(enable_)?thinking is (not defined|none|undefined)|add_generation_prompt is (not defined|undefined)|messages\._length == 0"]))
 SPELLINGS = [(r"(\w+) (?:is|==) false", r"not \1"), (r"(\w+) (?:is|==) true", r"\1")]
-# Statements that decide nothing in such a conversation.
+# Statements that change nothing in such a conversation.
 IDLE = re.compile(r"content = content|ns\.(is_tool|is_first|is_output_first|is_first_sp|is_tool_outputs) = \w+|index = .*|tools = .*|"
                   r"(image_count|video_count) = .*|reasoning_content = ''|last_index = messages\._length - 1|"
                   r"ns = namespace\((?!.*='[^'])[^)]*\)|loop_messages = messages|(enable_)?thinking = (true|false)|add_generation_prompt = .*")
@@ -162,9 +162,9 @@ def condition(node: ast.expr) -> tuple[bool | None, str]:
         text = (" or " if decides else " and ").join(left)
         return (None, text if len(left) == 1 else f"({text})") if left else (not decides, "")
     text = ast.unparse(node)
-    if SO.fullmatch(text):
+    if HOLDS.fullmatch(text):
         return True, ""
-    if NOT_SO.fullmatch(text):
+    if HOLDS_NOT.fullmatch(text):
         return False, ""
     for pattern, spelling in SPELLINGS:
         text = re.sub(f"^{pattern}$", spelling, text)

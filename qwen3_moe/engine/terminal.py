@@ -52,7 +52,7 @@ def takes_escapes(stream: TextIO | None) -> bool:
 
 
 def progress(what: str) -> Callable[[int, int], None]:
-    """`show(done, total)`: a line that overwrites itself and disappears at the end, where somebody looks at it."""
+    """`show(done, total)`: a line that overwrites itself and disappears at the end; nothing where stderr is no terminal."""
     def show(done: int, total: int) -> None:
         if is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb":
             columns = shutil.get_terminal_size().columns - 1
@@ -205,11 +205,24 @@ def start() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    sys.excepthook = cannot_start
+
+
+def cannot_start(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    """Instead of a traceback, one sentence about an import that fails: a package is missing, damaged or too large for memory."""
+    ours = (getattr(error, "name", None) or "").partition(".")[0] == PACKAGE
+    if ours or not isinstance(error, (ImportError, OSError, MemoryError)):
+        return sys.__excepthook__(kind, error, trace)
+    hint = (f"`uv run python -m {PACKAGE}.main` installs what it needs" if isinstance(error, ModuleNotFoundError) else
+            "memory is limited (`ulimit -v`), or a package has to be installed again")
+    note(f"{PACKAGE}: cannot start: {one_line(error)[:160] or kind.__name__}; {hint}")
+    os._exit(2)
 
 
 def program(main: Callable[[], int]) -> NoReturn:
     """Run main() as the process: exit code 0, 2 or 130, and never a traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.excepthook = sys.__excepthook__
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")  # the tokenizer makes U+FFFD of bytes that are no text
     try:
@@ -261,8 +274,11 @@ def sentence(error: Exception) -> str | None:
         size = re.search(r"tried to allocate ([\d.,]+ ?\w+)", text, re.I)
         return (f"memory ran out{f': {size[1]} more were needed' if size else ''}; try a smaller -n, --dtype bfloat16, "
                 "a smaller checkpoint or another device")
+    if isinstance(error, OSError) and error.strerror:  # without a name it is a stream, such as standard output
+        text = f"{error.filename}: {error.strerror}" if error.filename else f"cannot write or read ({error.strerror})"
     if isinstance(error, (ValueError, OSError)):
-        return text if len(text) < 280 else re.sub(r"\S{81,}", lambda value: f"{value[0][:38]}…{value[0][-40:]}", text)[:280]
+        text = text if len(text) < 280 else re.sub(r"\S{81,}", lambda value: f"{value[0][:38]}…{value[0][-40:]}", text)
+        return text if len(text) < 280 else f"{text[:279]}…"
     if kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"--compile does not work here ({text[:160]}); leave it out"
     if isinstance(error, (RuntimeError, AssertionError, NotImplementedError)) and DEVICE.search(text):

@@ -115,7 +115,15 @@ def test_draft_layers_that_are_not_announced_or_more_than_one_are_not_used(tmp_p
         load_model(folder)
 
 
-def test_without_the_layer_behind_the_last_the_model_runs_and_does_not_draft(tmp_path):
+def test_a_number_of_layers_that_is_too_small_is_said(tmp_path):
+    """Only draft layers may follow the last one without a word; a model cut short would be silently wrong."""
+    folder = write_case(tmp_path, "deepseek_v3", "yarn")
+    assert load_model(folder).config.notes == ()
+    change_config(folder, num_hidden_layers=2)
+    assert load_model(folder).config.notes == ("the files hold layer 2 and config.json has only 2 layers (num_hidden_layers): it is not used",)
+
+
+def test_without_the_draft_layer_the_model_runs_and_does_not_draft(tmp_path):
     """As transformers writes it, or a conversion to bfloat16; the config announces the layer all the same."""
     folder = write_case(tmp_path, "deepseek_v3", "yarn")
     expected = list(generate(load_model(folder), PROMPT, max_new_tokens=9))

@@ -10,7 +10,6 @@ from qwen3 import layers
 from qwen3.config import Config, Yarn
 from qwen3.layers import KVCache, RMSNorm, RotaryEmbedding, inverse_frequencies, product, rotate
 from qwen3.engine.quantized import dequantize
-from qwen3.model import Model
 
 CONFIG = Config(vocab_size=50, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6,
                      num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-6, rope_theta=1e4)

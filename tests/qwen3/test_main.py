@@ -313,7 +313,7 @@ def test_a_terminal_without_unicode_gets_question_marks(capfd, monkeypatch):
 def test_a_full_disk_is_said_in_one_sentence(capfd, monkeypatch):
     monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
     assert main(["-m", "Qwen3-Tiny", "-p", "What is RoPE?"]) == 2
-    assert "qwen3: [Errno 28] No space left on device\n" in capfd.readouterr().err
+    assert "qwen3: cannot write or read (No space left on device)\n" in capfd.readouterr().err
     monkeypatch.undo()
 
 
