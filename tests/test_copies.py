@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = [path.parent.name for path in sorted(ROOT.glob("*/config.py"))]
 FILES = ["config.py", "tokenizer.py", "layers.py", "attention.py", "moe.py", "model.py", "weights.py", "compiled.py", "generate.py", "main.py", "routing.py"]
 # Files of the engine that are one file, byte for byte, wherever they stand.
-EQUAL = ["tokenizer.py", "engine/__init__.py", "engine/arguments.py", "engine/chat_formats.py", "engine/conversation.py", "engine/fields.py",
-         "engine/memory.py", "engine/quantization.py", "engine/quantized.py", "engine/safetensors_reader.py", "engine/supported.py",
+EQUAL = ["tokenizer.py", "engine/__init__.py", "engine/arguments.py", "engine/chat_formats.py", "engine/chatml_shapes.py", "engine/conversation.py",
+         "engine/fields.py", "engine/memory.py", "engine/quantization.py", "engine/quantized.py", "engine/safetensors_reader.py", "engine/supported.py",
          "engine/template_reader.py", "engine/template_shapes.py", "engine/templates.py", "engine/terminal.py", "engine/tiktoken_vocab.py"]
 # What differs by nature, with the reason: {"file.py name": why}
 MAY_DIFFER = {
