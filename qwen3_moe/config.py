@@ -98,14 +98,13 @@ class Config:
         if stop_ids is None:
             stop_ids = fields.token_ids("eos_token_id", vocab_size)
         D, H = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-        stop_ids = read_stop_ids(generation, vocab_size)
-        if stop_ids is None:
-            stop_ids = read_stop_ids(fields, vocab_size)
 
+        heads = fields.get("num_attention_heads") if "num_key_value_heads" in fields.values else None  # null: as many
         config = cls(
             **{name: fields.integer(name) for name in (
                 "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "max_position_embeddings", "num_experts_per_tok", "moe_intermediate_size")},
+                "max_position_embeddings", "num_experts_per_tok", "moe_intermediate_size")},
+            num_key_value_heads=fields.integer("num_key_value_heads", heads),
             head_dim=fields.integer("head_dim", None if D % H else D // H),  # transformers 5 may leave it out
             **read_experts(fields),
             rms_norm_eps=fields.number("rms_norm_eps"),
@@ -159,77 +158,6 @@ def read_experts(fields: Fields) -> dict[str, object]:
         "mlp_only_layers": tuple(dense),
         "shared_expert_intermediate_size": fields.integer("shared_expert_intermediate_size", 0, zero=True),
     }
-
-
-def read_rope(fields: Fields) -> tuple[float, Yarn | None]:
-    """(rope_theta, YaRN's numbers or None), from either generation of names."""
-    if fields.get("rope_parameters") and fields.get("rope_scaling"):
-        fields.refuse("rope_scaling", "rope_parameters is there too; put all of it into that")
-    name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
-    rope = fields.object(name)
-    theta = Fields(fields.path, fields.values | rope.values).number("rope_theta")
-    if theta <= 1:
-        fields.refuse("rope_theta", "expected more than 1")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "yarn":
-        fields.refuse(name, f"rope type {short(kind)} is not known, only 'default' and 'yarn' are")
-    known = set(Yarn.__dataclass_fields__) | {"rope_type", "type", "rope_theta"}
-    if unknown := sorted(set(rope.values) - known):
-        fields.refuse(name, f"{unknown[0]!r} is not a field of YaRN that this package knows")
-    if rope.get("factor") is None:
-        raise ValueError(f"{fields.path}: {name} has type 'yarn' but no factor")
-    numbers = {key: rope.number(key, zero=key.startswith("mscale")) for key in Yarn.__dataclass_fields__
-               if key != "truncate" and rope.get(key) is not None}
-    name = "original_max_position_embeddings"  # outside the object it goes before the one within, as in transformers 5
-    numbers[name] = (rope if fields.get(name) is None else fields).whole(name, fields.integer("max_position_embeddings"))
-    return theta, Yarn(**numbers, truncate=rope.flag("truncate", True))
-
-
-def read_dtype(fields: Fields) -> torch.dtype | None:
-    name = "dtype" if fields.get("dtype") else "torch_dtype"
-    value = fields.get(name)
-    if value is not None and str(value) not in DTYPES:
-        fields.refuse(name, f"expected one of {', '.join(DTYPES)}")
-    return DTYPES.get(value)
-
-
-def read_stop_ids(fields: Fields, vocab_size: int) -> tuple[int, ...] | None:
-    """`eos_token_id`, one or a list of them; None where the file does not say."""
-    value = fields.get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(id) is int and 0 <= id < vocab_size for id in ids):
-        fields.refuse("eos_token_id", f"expected token ids below {vocab_size}")
-    return None if value is None else tuple(ids)
-
-
-def read_sampling(fields: Fields) -> dict[str, float]:
-    """The defaults of generation_config.json. do_sample false is how a Base checkpoint asks for greedy decoding."""
-    if not fields.boolean("do_sample", False):
-        return {}
-    sampling = {"temperature": fields.number("temperature", 1.0, zero=True)}
-    if fields.get("top_k") is not None:
-        sampling["top_k"] = fields.integer("top_k", zero=True)
-    if fields.get("top_p") is not None:
-        sampling["top_p"] = fields.number("top_p")
-        if sampling["top_p"] > 1:
-            fields.refuse("top_p", "expected at most 1")
-    return sampling
-
-
-def read_quantization(fields: Fields) -> tuple[int, int] | None:
-    """The block that shares one scale, (rows, columns), or None where the weights are not quantised."""
-    if fields.get("quantization_config") is None:
-        return None
-    quantization = fields.object("quantization_config")
-    known = {"quant_method": ("fp8",), "fmt": (None, "e4m3"), "activation_scheme": (None, "dynamic"),
-             "weight_block_size": ([128, 128],)}
-    for name, values in known.items():
-        if quantization.get(name) not in values:
-            fields.refuse("quantization_config", f"{name} {quantization.get(name)!r} is not known; "
-                          "only FP8 (e4m3) weights in blocks of 128 x 128 are")
-    return tuple(quantization.values["weight_block_size"])
 
 
 def read_rope(fields: Fields) -> tuple[float, Yarn | None]:

@@ -91,6 +91,14 @@ def test_every_engine_file_is_said_to_be_equal_or_stands_alone(package):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
+def test_no_name_is_defined_twice(package):
+    """A merge may leave an old function behind, and the later one counts."""
+    for path in (ROOT / package).rglob("*.py"):
+        names = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        assert len(names) == len(set(names)), path
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_a_package_stands_alone_and_is_read_in_one_sitting(package):
     for path in (ROOT / package).rglob("*.py"):
         text = path.read_text()

@@ -485,3 +485,93 @@ def test_freed_memory_heeds_ulimit_and_both_versions_of_cgroups(tmp_path, monkey
         (limit, limit) for name, limit in limits.items() if getattr(memory.resource, name) == which))
     assert memory.free_of_limits(proc) == 4_000_000 - 3000 * 1024
     assert memory.free_of_machine(tmp_path) is None and memory.free_of_cgroup(tmp_path, root) is None
+
+
+# Names of files and tensors
+
+@pytest.mark.parametrize("prefix", ["language_model.", "_orig_mod.", "module.", "base_model.model."])
+def test_names_of_a_wrapper_are_told(tmp_path, package, prefix):
+    folder = write(tmp_path, package)
+    save_file({prefix + name: tensor for name, tensor in tensors_of(folder).items()}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"its tensors are named {prefix}model.layers.0.input_layernorm.weight and not model.layers.0") as error:
+        module(package, "weights").load_model(folder)
+    assert is_one_sentence(error, folder)
+
+
+def test_an_adapter_within_the_file_is_told(tmp_path, package):
+    folder = write(tmp_path, package)
+    save_file(tensors_of(folder) | {"model.layers.0.self_attn.o_proj.lora_A.weight": torch.ones(2, 2)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="lora_A.weight is part of a LoRA adapter that was not merged"):
+        module(package, "weights").load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "model.fp16.safetensors", "pytorch_model.safetensors"])
+def test_weights_in_another_file_are_told(tmp_path, package, name):
+    folder = write(tmp_path, package)
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(FileNotFoundError, match=f"has {name}, but neither model.safetensors nor") as error:
+        module(package, "weights").load_model(folder)
+    assert is_one_sentence(error, folder)
+
+
+def test_an_optimizer_beside_shards_without_an_index(tmp_path, package):
+    folder = write(tmp_path, package)
+    before = logits(package, folder)
+    shard(folder, tensors_of(folder), index=False)
+    save_file({"x": torch.ones(2)}, folder / "optimizer-00001-of-00001.safetensors")
+    assert torch.equal(logits(package, folder), before)
+
+
+def test_an_index_may_name_a_buffer_that_is_not_there(tmp_path, package):
+    folder = write(tmp_path, package)
+    before = logits(package, folder)
+    shard(folder, tensors_of(folder))
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.layers.0.self_attn.rotary_emb.inv_freq"] = "model-00001-of-00003.safetensors"
+    path.write_text(json.dumps(index))
+    assert torch.equal(logits(package, folder), before)
+
+
+def test_float64_is_read(tmp_path, package):
+    folder = write(tmp_path, package)
+    before = logits(package, folder)
+    save_file({name: tensor.double() for name, tensor in tensors_of(folder).items()}, folder / "model.safetensors")
+    assert torch.equal(logits(package, folder), before)
+
+
+@pytest.mark.parametrize("said", ["float32", None])
+def test_a_tied_weight_may_be_stored_as_the_head(tmp_path, package, said):
+    """transformers 5.24 loads it too."""
+    folder = write(tmp_path, package, tie_word_embeddings=True, torch_dtype=said)
+    before, tensors = logits(package, folder), tensors_of(folder)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors")
+    assert torch.equal(logits(package, folder), before)
+
+
+@pytest.mark.parametrize("package", ["qwen3", "qwen3_moe"])
+def test_null_key_value_heads_are_as_many_as_heads(tmp_path, package):
+    """As transformers 5.24 reads it; a field that is missing is another thing."""
+    folder = write(tmp_path, package, num_key_value_heads=6)
+    before = logits(package, folder)
+    change_config(folder, num_key_value_heads=None)
+    assert torch.equal(logits(package, folder), before)
+    change_config(folder, num_key_value_heads=...)
+    with pytest.raises(ValueError, match="num_key_value_heads is missing"):
+        logits(package, folder)
+
+
+def test_small_things_in_configs(tmp_path, package):
+    folder = write(tmp_path, package)
+    before = logits(package, folder)
+    change_config(folder, quantization_config={}, eos_token_id=[5, 10**6])
+    (folder / "generation_config.json").write_text(json.dumps({"speculation_type": "mtp"}))
+    assert torch.equal(logits(package, folder), before)
+    for changes, said in (({"architectures": ["Qwen3ForQuestionAnswering"]}, "this project runs text generators"),
+                          ({"model_type": "mixtral"}, "this project has no package for it, transformers or vLLM may run it"),
+                          ({"model_type": None}, "has no model_type")):
+        change_config(folder, **changes)
+        with pytest.raises(ValueError, match=said):
+            logits(package, folder)
+        change_config(folder, architectures=..., model_type=package)

@@ -21,7 +21,7 @@ from torch import Tensor
 from .fields import plain, read_json, short
 
 # The types of weights and scales, by their names in the header.
-STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn,
+STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn,
           "F8_E8M0": torch.float8_e8m0fnu}
 # Tensors that are no weights: tables that follow from the config, counters, and scales of activations and of a quantised
 # cache, which are kept in wider types here. A superfluous tensor that is not on this list is an error.
@@ -56,7 +56,8 @@ class CheckpointFiles:
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: this part of the checkpoint is missing; download it again")
             found = read_header(path)
-            if absent := sorted(promised - found.keys()):
+            absent = sorted(name for name in promised - found.keys() if not (BUFFERS.search(name) or ACTIVATION_SCALES.search(name)))
+            if absent:
                 raise ValueError(f"{path}: {plain(absent[0])} is missing, though {index} says that it is here")
             if twice := sorted(found.keys() & self.tensors.keys()):
                 raise ValueError(f"{path}: {plain(twice[0])} is in it and in {self.tensors[twice[0]].path.name} too")
@@ -194,6 +195,8 @@ def files_of(directory: Path, index: str) -> dict[str, set[str]]:
     numbered = {path.name: match for path in sorted(directory.glob("*.safetensors"))
                 if (match := re.fullmatch(r"(.+)-(\d+)-of-(\d+)\.safetensors", path.name))}
     if numbered:
+        if any(match[1] == "model" for match in numbered.values()):  # and not an optimizer's
+            numbered = {name: match for name, match in numbered.items() if match[1] == "model"}
         sets = {(match[1], int(match[3])) for match in numbered.values()}
         if len(sets) > 1:
             raise ValueError(f"{directory}: has parts of several checkpoints ({min(numbered)}, {max(numbered)}) and no {index}")
@@ -208,6 +211,9 @@ def files_of(directory: Path, index: str) -> dict[str, set[str]]:
                 raise ValueError(f"{directory}: has only pickled weights ({plain(files[0])}); those can run code when opened and "
                                  "are never read here. Convert them to safetensors first.")
             raise ValueError(f"{directory}: has only {what} the safetensors release of the model")
+    if others := sorted(path.name for path in directory.glob("*.safetensors")):
+        raise FileNotFoundError(f"{directory}: has {plain(others[0])}, but neither model.safetensors nor {index}, which is where the weights "
+                                "of a release for transformers lie; get that, or rename the file if it is one")
     raise FileNotFoundError(f"{directory}: no weights in it, neither model.safetensors nor {index}; download it again")
 
 
