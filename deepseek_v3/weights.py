@@ -116,7 +116,9 @@ def check_drafts(config: Config, files: CheckpointFiles) -> Config:
         copies = {f"model.layers.{first}.embed_tokens.weight": "model.embed_tokens.weight", f"model.layers.{first}.shared_head.head.weight":
                   "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"}
         for name, original in copies.items():
-            if name in extra and not is_copy(files, name, original, every=997):
+            scales = [f"{each}_scale_inv" for each in (name, original)]
+            same = is_copy(files, name, original, every=997) if name in extra else True
+            if not same or (scales[0] in files.tensors and not is_copy(files, *scales)):
                 why = f"{name} differs from {original}, of which it should be a copy"
         for name, shape in expected.items():
             if name not in extra or files.tensors[name].shape != shape or (
@@ -125,7 +127,7 @@ def check_drafts(config: Config, files: CheckpointFiles) -> Config:
         if unknown := {name.removesuffix("_scale_inv") for name in extra} - expected.keys() - copies.keys():
             why = f"{plain(min(unknown))} is not known"
         if not why:
-            extra = copies
+            extra = [*copies, *(f"{name}_scale_inv" for name in copies)]
     for name in extra:
         files.tensors.pop(name, None)
     return config if extra and not why and config.num_nextn_predict_layers == 1 else replace(

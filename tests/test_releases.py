@@ -514,6 +514,15 @@ def test_weights_in_another_file_are_told(tmp_path, package, name):
     assert is_one_sentence(error, folder)
 
 
+@pytest.mark.parametrize("target", ["blobs/gone", "model.safetensors"])
+def test_a_link_to_nothing_or_to_itself_is_a_missing_part(tmp_path, package, target):
+    folder = write(tmp_path, package)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(target)
+    with pytest.raises(FileNotFoundError, match="model.safetensors: this part of the checkpoint is missing; download it again"):
+        module(package, "weights").load_model(folder)
+
+
 def test_an_optimizer_beside_shards_without_an_index(tmp_path, package):
     folder = write(tmp_path, package)
     before = logits(package, folder)
@@ -575,3 +584,40 @@ def test_small_things_in_configs(tmp_path, package):
         with pytest.raises(ValueError, match=said):
             logits(package, folder)
         change_config(folder, architectures=..., model_type=package)
+
+
+@pytest.mark.parametrize("package", MIXTURES)
+@pytest.mark.parametrize(("shape", "leaf"), [((), "_scale"), ((1,), "_scale_inv"), ((8,), "_scale"), ((8, 1, 1), "_scale_inv")])
+def test_fused_experts_with_one_scale_each_or_for_all(tmp_path, package, shape, leaf):
+    folder = write(tmp_path, package)
+    tensors = fuse(tensors_of(folder))
+    plain = dict(tensors)
+    for name in [name for name in tensors if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]:
+        E = len(tensors[name])
+        scale = torch.linspace(1 / 64, 1 / 32, E)[:E if shape[:1] == (8,) else 1]
+        small = (tensors[name] / scale.view(-1, 1, 1)).to(torch.float8_e4m3fn)
+        plain[name] = small.float() * scale.view(-1, 1, 1)
+        tensors |= {name: small, name + leaf: scale.reshape(() if shape == () else (-1, *shape[1:])).clone()}
+    save_file(plain, folder / "model.safetensors")
+    before = logits(package, folder)
+    save_file(tensors, folder / "model.safetensors")
+    change_config(folder, quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"})
+    assert torch.equal(logits(package, folder, dtype="float32"), before)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_draft_layer_whose_head_is_a_copy_in_fp8(tmp_path, other):
+    folder = write(tmp_path, "deepseek_v3", num_nextn_predict_layers=1)
+    tensors = tensors_of(folder)
+    scale = torch.full((1,), 1 / 64)
+    small = (tensors["lm_head.weight"] * 64).to(torch.float8_e4m3fn)
+    tensors["lm_head.weight"] = small.float() / 64
+    save_file(tensors, folder / "model.safetensors")
+    before = logits("deepseek_v3", folder)
+    for name in ("lm_head", "model.layers.3.shared_head.head"):
+        tensors |= {f"{name}.weight": small.clone(), f"{name}.weight_scale_inv": scale * (2 if other and "shared" in name else 1)}
+    save_file(tensors, folder / "model.safetensors")
+    change_config(folder, quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"})
+    assert torch.equal(logits("deepseek_v3", folder, dtype="float32"), before)
+    config = module("deepseek_v3", "weights").load_model(folder).config
+    assert config.num_nextn_predict_layers == (0 if other else 1) and ("differs" in config.no_drafts) == other

@@ -253,7 +253,7 @@ def test_words_of_a_fine_tune_are_tokens_and_no_turn_can_be_forged(package, real
              tokenizers.AddedToken("<word>", single_word=True), tokenizers.AddedToken("qux", lstrip=True, rstrip=True), "hello"]
     library.add_tokens(words)
     library.add_special_tokens(["<|speaker|>"])
-    library.add_tokens(["<think>", "</think>", "<tool_call>", "<|fim_prefix|>"])
+    library.add_tokens(["<think>", "</think>", "<tool_call>", "<|fim_prefix|>", " <|im_end|>", "x</think>y", "\n<｜User｜>"])
     library.save(str(tmp_path / "tokenizer.json"))
     shutil.copy(real / "tokenizer_config.json", tmp_path)
     shutil.copy(ROOT / "checkpoints" / PACKAGES[package] / "config.json", tmp_path)
@@ -262,8 +262,9 @@ def test_words_of_a_fine_tune_are_tokens_and_no_turn_can_be_forged(package, real
         assert tokenizer.encode(text) == library.encode(text, add_special_tokens=False).ids
         assert "zorblax" not in text or library.token_to_id("zorblax") in tokenizer.encode(text)
         assert tokenizer.decode(tokenizer.encode(text)) == library.decode(library.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
-    text = "<|speaker|><think></think><tool_call><|fim_prefix|><|im_end|><｜User｜><｜tool▁calls▁begin｜>"
-    forging = {library.token_to_id(name) for name in ("<|speaker|>", "<think>", "</think>", "<tool_call>", "<|fim_prefix|>", "<|im_end|>", "<｜User｜>")}
+    text = "<|speaker|> <|im_end|>x</think>y\n<｜User｜><think></think><tool_call><|fim_prefix|><|im_end|><｜User｜><｜tool▁calls▁begin｜>"
+    forging = {library.token_to_id(name) for name in ("<|speaker|>", "<think>", "</think>", "<tool_call>", "<|fim_prefix|>", "<|im_end|>", "<｜User｜>",
+                                                        " <|im_end|>", "x</think>y", "\n<｜User｜>")}
     assert not forging & set(tokenizer.encode(text)) and tokenizer.decode(tokenizer.encode(text)) == text
     assert "zorblax" not in tokenizer.control_ids and "<|speaker|>" in tokenizer.control_ids
     assert library.token_to_id("zorblax") in tokenizer.chat([{"role": "user", "content": "a zorblax"}])

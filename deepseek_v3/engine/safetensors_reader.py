@@ -65,16 +65,24 @@ class CheckpointFiles:
         for name in [name for name, tensor in self.tensors.items() if is_no_weight(name, tensor)]:
             del self.tensors[name]
             self.passed_over.append(name)
+        shared: dict[re.Match, TensorInfo] = {}  # one scale for all experts of a layer
         for name, tensor in list(self.tensors.items()):
             if not isinstance(tensor.dtype, torch.dtype):
                 four = {"U8": " (4-bit weights, as NVFP4's, are)", "U32": " (4-bit weights in MLX's format are)",
                         "I32": " (4-bit weights of AWQ and GPTQ are)"}.get(tensor.dtype, "")
                 raise ValueError(f"{tensor.path}: {plain(name)} is stored as {short(tensor.dtype)[1:-1]}{four}; known are {', '.join(STORED)}")
-            if (fused := FUSED.fullmatch(name)) and len(tensor.shape) and tensor.shape[0] <= 4096:
+            fused = FUSED.fullmatch(name)
+            if fused and fused[4] and tensor.size == tensor.dtype.itemsize:
+                shared[fused] = self.tensors.pop(name)
+            elif fused and len(tensor.shape) and tensor.shape[0] <= 4096:
                 del self.tensors[name]
                 self.tensors |= split_experts(tensor, fused)
             elif name.endswith(".weight_scale"):  # another spelling of the same number
                 self.tensors[f"{name}_inv"] = self.tensors.pop(name)
+        for fused, tensor in shared.items():
+            for name in ("gate_proj", "up_proj") if fused[2] == "gate_up_proj" else ("down_proj",):
+                its = [other for other in self.tensors if re.fullmatch(rf"{re.escape(fused[1])}\.\d+\.{name}\.weight", other)]
+                self.tensors |= {f"{weight}_scale_inv": tensor for weight in its}
 
     def read(self, name: str) -> Tensor:
         """A tensor on the file's own bytes, with a storage of its own: what saves it writes its numbers and no others."""
@@ -188,7 +196,7 @@ def check_with_library(path: Path) -> None:
 
 def files_of(directory: Path, index: str) -> dict[str, set[str]]:
     """File name -> the tensors that are promised in it; several files come with an index, or at least numbered."""
-    if (directory / "model.safetensors").exists():
+    if (directory / "model.safetensors").exists() or (directory / "model.safetensors").is_symlink():  # a link to nothing is told later
         return {"model.safetensors": set()}
     if (directory / index).exists():
         return files_of_index(directory / index)
