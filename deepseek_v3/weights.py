@@ -82,6 +82,8 @@ def read_checkpoint(directory: str | Path, every: int = 997) -> tuple[Config, Ch
         raise ValueError(f"{files.directory}: config.json asks for {config.num_hidden_layers} layers and {experts} experts, "
                          f"the files hold {len(files.tensors)} tensors")
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_word_embeddings and head in files.tensors and embedding not in files.tensors:
+        files.tensors[embedding] = files.tensors.pop(head)  # stored once, under the other name
     if config.tie_word_embeddings and head in files.tensors:
         if is_copy(files, head, embedding, every):
             del files.tensors[head]
@@ -117,7 +119,9 @@ def check_drafts(config: Config, files: CheckpointFiles) -> Config:
         copies = {f"model.layers.{first}.embed_tokens.weight": "model.embed_tokens.weight", f"model.layers.{first}.shared_head.head.weight":
                   "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"}
         for name, original in copies.items():
-            if name in extra and not is_copy(files, name, original, every=997):
+            scales = [f"{each}_scale_inv" for each in (name, original)]
+            same = is_copy(files, name, original, every=997) if name in extra else True
+            if not same or (scales[0] in files.tensors and not is_copy(files, *scales)):
                 why = f"{name} differs from {original}, of which it should be a copy"
         for name, shape in expected.items():
             if name not in extra or files.tensors[name].shape != shape or (
@@ -126,7 +130,7 @@ def check_drafts(config: Config, files: CheckpointFiles) -> Config:
         if unknown := {name.removesuffix("_scale_inv") for name in extra} - expected.keys() - copies.keys():
             why = f"{plain(min(unknown))} is not known"
         if not why:
-            extra = copies
+            extra = [*copies, *(f"{name}_scale_inv" for name in copies)]
     for name in extra:
         files.tensors.pop(name, None)
     config = replace(config, notes=notes)
@@ -214,7 +218,7 @@ def compute_dtype(config: Config, files: CheckpointFiles, dtype: torch.dtype | s
     """One type for activations, norms and cache, decided once: asked for, or the config's, or the embedding's."""
     dtype = DTYPES.get(dtype, dtype) or config.dtype
     if dtype is None:
-        stored = files.tensors.get("model.embed_tokens.weight")
+        stored = files.tensors.get("model.embed_tokens.weight") or files.tensors.get("lm_head.weight")
         dtype = stored.dtype if stored else None
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")

@@ -87,10 +87,12 @@ class Config:
         if stop_ids is None:
             stop_ids = fields.token_ids("eos_token_id", vocab_size)
 
+        heads = fields.get("num_attention_heads") if "num_key_value_heads" in fields.values else None  # null: as many
         config = cls(
             **{name: fields.integer(name) for name in (
                 "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "head_dim", "max_position_embeddings")},
+                "head_dim", "max_position_embeddings")},
+            num_key_value_heads=fields.integer("num_key_value_heads", heads),
             rms_norm_eps=fields.number("rms_norm_eps"),
             rope_theta=rope_theta,
             rope_scaling=yarn,

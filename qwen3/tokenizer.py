@@ -23,8 +23,8 @@ from pathlib import Path
 import tokenizers
 
 from .config import Config
-from .engine.chat_formats import (ASSISTANT, BOS, END_THINK, EOS, FIRST, IM_END, IM_START, MARKERS, NUMBERED, PUBLISHED, THINK,  # noqa: F401
-                                  USER, Format, Special, named, render)
+from .engine.chat_formats import (ASSISTANT, BOS, END_THINK, EOS, FIRST, IM_END, IM_START, MARKERS, NUMBERED, PUBLISHED, SPELLED,  # noqa: F401
+                                  THINK, USER, Format, Special, named, render)
 from .engine.fields import one_line
 from .engine.templates import choose_format, find_template
 from .engine.tiktoken_vocab import read_tiktoken
@@ -153,7 +153,8 @@ def is_word(token: tokenizers.AddedToken, template: str) -> bool:
     """Whether an added token is an ordinary word of a text, and none with which a user could forge a turn."""
     content = token.content
     of_the_format = content in template and not content.isalnum()
-    return not (token.special or content in PUBLISHED or NUMBERED.fullmatch(content) or of_the_format)
+    spells_a_marker = any(marker in content for marker in SPELLED)
+    return not (token.special or spells_a_marker or content in PUBLISHED or NUMBERED.fullmatch(content) or of_the_format)
 
 
 def dropping_newlines(pieces: Iterator[str]) -> Iterator[str]:

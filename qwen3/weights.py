@@ -69,6 +69,8 @@ def read_checkpoint(directory: str | Path, every: int = 997) -> tuple[Config, Ch
         raise ValueError(f"{files.directory}: config.json asks for {config.num_hidden_layers} layers, the files hold "
                          f"{len(files.tensors)} tensors")
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_word_embeddings and head in files.tensors and embedding not in files.tensors:
+        files.tensors[embedding] = files.tensors.pop(head)  # stored once, under the other name
     if config.tie_word_embeddings and head in files.tensors:
         if is_copy(files, head, embedding, every):
             del files.tensors[head]
@@ -115,7 +117,7 @@ def compute_dtype(config: Config, files: CheckpointFiles, dtype: torch.dtype | s
     """One type for activations, norms and cache, decided once: asked for, or the config's, or the embedding's."""
     dtype = DTYPES.get(dtype, dtype) or config.dtype
     if dtype is None:
-        stored = files.tensors.get("model.embed_tokens.weight")
+        stored = files.tensors.get("model.embed_tokens.weight") or files.tensors.get("lm_head.weight")
         dtype = stored.dtype if stored else None
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")

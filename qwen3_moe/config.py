@@ -99,10 +99,12 @@ class Config:
             stop_ids = fields.token_ids("eos_token_id", vocab_size)
         D, H = fields.integer("hidden_size"), fields.integer("num_attention_heads")
 
+        heads = fields.get("num_attention_heads") if "num_key_value_heads" in fields.values else None  # null: as many
         config = cls(
             **{name: fields.integer(name) for name in (
                 "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "max_position_embeddings", "num_experts_per_tok", "moe_intermediate_size")},
+                "max_position_embeddings", "num_experts_per_tok", "moe_intermediate_size")},
+            num_key_value_heads=fields.integer("num_key_value_heads", heads),
             head_dim=fields.integer("head_dim", None if D % H else D // H),  # transformers 5 may leave it out
             **read_experts(fields),
             rms_norm_eps=fields.number("rms_norm_eps"),

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = [path.parent.name for path in sorted(ROOT.glob("*/config.py"))]
 FILES = ["config.py", "tokenizer.py", "layers.py", "attention.py", "moe.py", "model.py", "weights.py", "compiled.py", "generate.py", "main.py", "routing.py"]
 # Files of the engine that are one file, byte for byte, wherever they stand.
-EQUAL = ["tokenizer.py", "engine/__init__.py", "engine/arguments.py", "engine/chat_formats.py", "engine/conversation.py", "engine/fields.py",
-         "engine/memory.py", "engine/quantization.py", "engine/quantized.py", "engine/safetensors_reader.py", "engine/supported.py",
+EQUAL = ["tokenizer.py", "engine/__init__.py", "engine/arguments.py", "engine/chat_formats.py", "engine/chatml_shapes.py", "engine/conversation.py",
+         "engine/fields.py", "engine/memory.py", "engine/quantization.py", "engine/quantized.py", "engine/safetensors_reader.py", "engine/supported.py",
          "engine/template_reader.py", "engine/template_shapes.py", "engine/templates.py", "engine/terminal.py", "engine/tiktoken_vocab.py"]
 # What differs by nature, with the reason: {"file.py name": why}
 MAY_DIFFER = {
@@ -88,6 +88,14 @@ def test_every_engine_file_is_said_to_be_equal_or_stands_alone(package):
     own = {f"engine/{path.name}" for path in (ROOT / package / "engine").glob("*.py")} - set(EQUAL)
     others = {f"engine/{path.name}" for other in PACKAGES if other != package for path in (ROOT / other / "engine").glob("*.py")}
     assert not own & others
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_name_is_defined_twice(package):
+    """A merge may leave an old function behind, and the later one counts."""
+    for path in (ROOT / package).rglob("*.py"):
+        names = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        assert len(names) == len(set(names)), path
 
 
 @pytest.mark.parametrize("package", PACKAGES)

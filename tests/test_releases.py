@@ -520,3 +520,139 @@ def test_a_stop_id_outside_the_vocabulary_is_passed_over_with_a_note(package, tm
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 10**6]}))
     config, _ = module(package, "weights").read_checkpoint(folder)
     assert config.eos_token_id == (5,) and sum("eos_token_id 1000000 is outside the vocabulary" in note for note in config.notes) == 1
+
+
+# Names of files and tensors
+
+@pytest.mark.parametrize("prefix", ["language_model.", "_orig_mod.", "module.", "base_model.model."])
+def test_names_of_a_wrapper_are_told(tmp_path, package, prefix):
+    folder = write(tmp_path, package)
+    save_file({prefix + name: tensor for name, tensor in tensors_of(folder).items()}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"its tensors are named {prefix}model.layers.0.input_layernorm.weight and not model.layers.0") as error:
+        module(package, "weights").load_model(folder)
+    assert is_one_sentence(error, folder)
+
+
+def test_an_adapter_within_the_file_is_told(tmp_path, package):
+    folder = write(tmp_path, package)
+    save_file(tensors_of(folder) | {"model.layers.0.self_attn.o_proj.lora_A.weight": torch.ones(2, 2)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="lora_A.weight is part of a LoRA adapter that was not merged"):
+        module(package, "weights").load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "model.fp16.safetensors", "pytorch_model.safetensors"])
+def test_weights_in_another_file_are_told(tmp_path, package, name):
+    folder = write(tmp_path, package)
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(FileNotFoundError, match=f"has {name}, but neither model.safetensors nor") as error:
+        module(package, "weights").load_model(folder)
+    assert is_one_sentence(error, folder)
+
+
+@pytest.mark.parametrize("target", ["blobs/gone", "model.safetensors"])
+def test_a_link_to_nothing_or_to_itself_is_a_missing_part(tmp_path, package, target):
+    folder = write(tmp_path, package)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(target)
+    with pytest.raises(FileNotFoundError, match="model.safetensors: this part of the checkpoint is missing; download it again"):
+        module(package, "weights").load_model(folder)
+
+
+def test_an_optimizer_beside_shards_without_an_index(tmp_path, package):
+    folder = write(tmp_path, package)
+    before = logits(package, folder)
+    shard(folder, tensors_of(folder), index=False)
+    save_file({"x": torch.ones(2)}, folder / "optimizer-00001-of-00001.safetensors")
+    assert torch.equal(logits(package, folder), before)
+
+
+def test_an_index_may_name_a_buffer_that_is_not_there(tmp_path, package):
+    folder = write(tmp_path, package)
+    before = logits(package, folder)
+    shard(folder, tensors_of(folder))
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.layers.0.self_attn.rotary_emb.inv_freq"] = "model-00001-of-00003.safetensors"
+    path.write_text(json.dumps(index))
+    assert torch.equal(logits(package, folder), before)
+
+
+def test_float64_is_read(tmp_path, package):
+    folder = write(tmp_path, package)
+    before = logits(package, folder)
+    save_file({name: tensor.double() for name, tensor in tensors_of(folder).items()}, folder / "model.safetensors")
+    assert torch.equal(logits(package, folder), before)
+
+
+@pytest.mark.parametrize("said", ["float32", None])
+def test_a_tied_weight_may_be_stored_as_the_head(tmp_path, package, said):
+    """transformers 5.24 loads it too."""
+    folder = write(tmp_path, package, tie_word_embeddings=True, torch_dtype=said)
+    before, tensors = logits(package, folder), tensors_of(folder)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors")
+    assert torch.equal(logits(package, folder), before)
+
+
+@pytest.mark.parametrize("package", ["qwen3", "qwen3_moe"])
+def test_null_key_value_heads_are_as_many_as_heads(tmp_path, package):
+    """As transformers 5.24 reads it; a field that is missing is another thing."""
+    folder = write(tmp_path, package, num_key_value_heads=6)
+    before = logits(package, folder)
+    change_config(folder, num_key_value_heads=None)
+    assert torch.equal(logits(package, folder), before)
+    change_config(folder, num_key_value_heads=...)
+    with pytest.raises(ValueError, match="num_key_value_heads is missing"):
+        logits(package, folder)
+
+
+def test_small_things_in_configs(tmp_path, package):
+    folder = write(tmp_path, package)
+    before = logits(package, folder)
+    change_config(folder, quantization_config={}, eos_token_id=[5, 10**6])
+    (folder / "generation_config.json").write_text(json.dumps({"speculation_type": "mtp"}))
+    assert torch.equal(logits(package, folder), before)
+    for changes, said in (({"architectures": ["Qwen3ForQuestionAnswering"]}, "this project runs text generators"),
+                          ({"model_type": "mixtral"}, "this project has no package for it, transformers or vLLM may run it"),
+                          ({"model_type": None}, "has no model_type")):
+        change_config(folder, **changes)
+        with pytest.raises(ValueError, match=said):
+            logits(package, folder)
+        change_config(folder, architectures=..., model_type=package)
+
+
+@pytest.mark.parametrize("package", MIXTURES)
+@pytest.mark.parametrize(("shape", "leaf"), [((), "_scale"), ((1,), "_scale_inv"), ((8,), "_scale"), ((8, 1, 1), "_scale_inv")])
+def test_fused_experts_with_one_scale_each_or_for_all(tmp_path, package, shape, leaf):
+    folder = write(tmp_path, package)
+    tensors = fuse(tensors_of(folder))
+    plain = dict(tensors)
+    for name in [name for name in tensors if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]:
+        E = len(tensors[name])
+        scale = torch.linspace(1 / 64, 1 / 32, E)[:E if shape[:1] == (8,) else 1]
+        small = (tensors[name] / scale.view(-1, 1, 1)).to(torch.float8_e4m3fn)
+        plain[name] = small.float() * scale.view(-1, 1, 1)
+        tensors |= {name: small, name + leaf: scale.reshape(() if shape == () else (-1, *shape[1:])).clone()}
+    save_file(plain, folder / "model.safetensors")
+    before = logits(package, folder)
+    save_file(tensors, folder / "model.safetensors")
+    change_config(folder, quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"})
+    assert torch.equal(logits(package, folder, dtype="float32"), before)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_draft_layer_whose_head_is_a_copy_in_fp8(tmp_path, other):
+    folder = write(tmp_path, "deepseek_v3", num_nextn_predict_layers=1)
+    tensors = tensors_of(folder)
+    scale = torch.full((1,), 1 / 64)
+    small = (tensors["lm_head.weight"] * 64).to(torch.float8_e4m3fn)
+    tensors["lm_head.weight"] = small.float() / 64
+    save_file(tensors, folder / "model.safetensors")
+    before = logits("deepseek_v3", folder)
+    for name in ("lm_head", "model.layers.3.shared_head.head"):
+        tensors |= {f"{name}.weight": small.clone(), f"{name}.weight_scale_inv": scale * (2 if other and "shared" in name else 1)}
+    save_file(tensors, folder / "model.safetensors")
+    change_config(folder, quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"})
+    assert torch.equal(logits("deepseek_v3", folder, dtype="float32"), before)
+    config = module("deepseek_v3", "weights").load_model(folder).config
+    assert config.num_nextn_predict_layers == (0 if other else 1) and ("differs" in config.no_drafts) == other

@@ -64,6 +64,44 @@ def test_what_is_not_accounted_for_is_not_called_exact(name):
     assert not exact and format.name == HAND_MADE[name]["format"]
 
 
+# One word of a template changed, which changes what jinja2 3.1 writes of some conversation.
+NEARLY = [("hybrid", "multi_step_tool=true", "multi_step_tool=false"), ("hybrid", "[::-1]", ""), ("hybrid", "length - 1) - loop", "length) - loop"),
+          ("hybrid", "{%- endfor %}", "{%- endfor %}{%- set enable_thinking = false %}"),
+          ("hybrid", "is defined and message", "is not defined and message"), ("hybrid", "(message['role'] == 'user') or", "(message['role'] == 'assistant') or"),
+          ("hybrid", "{%- set content = message['content'] %}", ""), ("plain ChatML, single quotes", "message['role']", "message['content']"),
+          ("default system prompt in a variable", "messages[1:]", "messages"),
+          ("default system prompt in a variable", "{%- set loop_messages = messages %}", ""),
+          ("DeepSeek-V3.1", "is_last_user = false", "is_first = false"), ("DeepSeek-V3.1", "is_first_sp=true", "is_first_sp=false"),
+          ("DeepSeek-V3", "{%- if not add_generation_prompt is defined %}", "{%- if add_generation_prompt is defined %}"),
+          ("GLM-4.7", "last_user_index = loop.index0", "last_user_index = 0"),
+          ("GLM-4.7", "{%- set reasoning_content = ''", "{%- set ns = namespace(last_user_index=-1) %}{%- set reasoning_content = ''")]
+
+
+@pytest.mark.parametrize(("name", "old", "new"), NEARLY)
+def test_one_changed_word_is_seen(name, old, new):
+    template = EXACT[name]["template"]
+    assert old in template and templates.read_format(template)[1]
+    assert not templates.read_format(template.replace(old, new))[1]
+
+
+def test_newlines_alone_are_reasoning_for_glm_4_7():
+    conversation = [*ASK, {"role": "assistant", "content": "<think>\n\n</think>y"}]
+    told = "".join(formats.render(formats.named("glm-4.7"), conversation, True))
+    assert told == "[gMASK]<sop><|user|>x<|assistant|><think></think>y<|assistant|><think>"  # jinja2 3.1
+
+
+@pytest.mark.parametrize(("strip", "thought", "plain"), [(".lstrip('\\n')", "b", "\n\nc"), ("", "\n\nb", "\n\nc")])
+def test_answers_without_a_thought_keep_their_newlines(strip, thought, plain):
+    template = ("{% for message in messages %}{% if message['role'] == 'assistant' %}{% set content = message['content'] %}{% if '</think>' in content %}"
+                "{% set content = content.split('</think>')[-1]" + strip + " %}{% endif %}{{ '<|im_start|>assistant\\n' + content + '<|im_end|>\\n' }}"
+                "{% else %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+                "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+    format, exact = templates.read_format(template)
+    conversation = [{"role": "assistant", "content": "t</think>\n\nb"}, {"role": "assistant", "content": "\n\nc"}]
+    told = "".join(formats.render(format, conversation, True))
+    assert exact and told == "".join(f"<|im_start|>assistant\n{text}<|im_end|>\n" for text in (thought, plain)) + "<|im_start|>assistant\n"
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_spelling_does_not_matter(name):
     template = EXACT[name]["template"]
@@ -215,7 +253,7 @@ def test_words_of_a_fine_tune_are_tokens_and_no_turn_can_be_forged(package, real
              tokenizers.AddedToken("<word>", single_word=True), tokenizers.AddedToken("qux", lstrip=True, rstrip=True), "hello"]
     library.add_tokens(words)
     library.add_special_tokens(["<|speaker|>"])
-    library.add_tokens(["<think>", "</think>", "<tool_call>", "<|fim_prefix|>"])
+    library.add_tokens(["<think>", "</think>", "<tool_call>", "<|fim_prefix|>", " <|im_end|>", "x</think>y", "\n<｜User｜>"])
     library.save(str(tmp_path / "tokenizer.json"))
     shutil.copy(real / "tokenizer_config.json", tmp_path)
     shutil.copy(ROOT / "checkpoints" / PACKAGES[package] / "config.json", tmp_path)
@@ -224,8 +262,9 @@ def test_words_of_a_fine_tune_are_tokens_and_no_turn_can_be_forged(package, real
         assert tokenizer.encode(text) == library.encode(text, add_special_tokens=False).ids
         assert "zorblax" not in text or library.token_to_id("zorblax") in tokenizer.encode(text)
         assert tokenizer.decode(tokenizer.encode(text)) == library.decode(library.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
-    text = "<|speaker|><think></think><tool_call><|fim_prefix|><|im_end|><｜User｜><｜tool▁calls▁begin｜>"
-    forging = {library.token_to_id(name) for name in ("<|speaker|>", "<think>", "</think>", "<tool_call>", "<|fim_prefix|>", "<|im_end|>", "<｜User｜>")}
+    text = "<|speaker|> <|im_end|>x</think>y\n<｜User｜><think></think><tool_call><|fim_prefix|><|im_end|><｜User｜><｜tool▁calls▁begin｜>"
+    forging = {library.token_to_id(name) for name in ("<|speaker|>", "<think>", "</think>", "<tool_call>", "<|fim_prefix|>", "<|im_end|>", "<｜User｜>",
+                                                        " <|im_end|>", "x</think>y", "\n<｜User｜>")}
     assert not forging & set(tokenizer.encode(text)) and tokenizer.decode(tokenizer.encode(text)) == text
     assert "zorblax" not in tokenizer.control_ids and "<|speaker|>" in tokenizer.control_ids
     assert library.token_to_id("zorblax") in tokenizer.chat([{"role": "user", "content": "a zorblax"}])

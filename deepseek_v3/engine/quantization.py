@@ -24,7 +24,7 @@ def read_quantization(fields: Fields, directory: Path) -> dict[str, object]:
         raise ValueError(f"{fields.path}: quantization says {short(bits)} bits: weights in MLX's format, which mlx-lm reads; get the "
                          "release in bfloat16 or FP8")
     beside = directory / "hf_quant_config.json"
-    if fields.get("quantization_config") is not None:
+    if fields.get("quantization_config") not in (None, {}):
         q, where = fields.object("quantization_config"), f"{fields.path}: quantization_config"
     elif beside.is_file():
         q, where = Fields(beside, read_json(beside)).object("quantization"), f"{beside}: quantization"

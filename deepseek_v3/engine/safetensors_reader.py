@@ -21,7 +21,7 @@ from torch import Tensor
 from .fields import one_line, plain, read_json, short
 
 # The types of weights and scales, by their names in the header.
-STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn,
+STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn,
           "F8_E8M0": torch.float8_e8m0fnu}
 # Tensors that are no weights: tables that follow from the config, counters, and scales of activations and of a quantised
 # cache, which are kept in wider types here. A superfluous tensor that is not on this list is an error.
@@ -56,7 +56,8 @@ class CheckpointFiles:
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: this part of the checkpoint is missing; download it again")
             found = read_header(path)
-            if absent := sorted(promised - found.keys()):
+            absent = sorted(name for name in promised - found.keys() if not (BUFFERS.search(name) or ACTIVATION_SCALES.search(name)))
+            if absent:
                 raise ValueError(f"{path}: {plain(absent[0])} is missing, though {index} says that it is here")
             if twice := sorted(found.keys() & self.tensors.keys()):
                 raise ValueError(f"{path}: {plain(twice[0])} is in it and in {self.tensors[twice[0]].path.name} too")
@@ -64,16 +65,24 @@ class CheckpointFiles:
         for name in [name for name, tensor in self.tensors.items() if is_no_weight(name, tensor)]:
             del self.tensors[name]
             self.passed_over.append(name)
+        shared: dict[re.Match, TensorInfo] = {}  # one scale for all experts of a layer
         for name, tensor in list(self.tensors.items()):
             if not isinstance(tensor.dtype, torch.dtype):
                 four = {"U8": " (4-bit weights, as NVFP4's, are)", "U32": " (4-bit weights in MLX's format are)",
                         "I32": " (4-bit weights of AWQ and GPTQ are)"}.get(tensor.dtype, "")
                 raise ValueError(f"{tensor.path}: {plain(name)} is stored as {short(tensor.dtype)[1:-1]}{four}; known are {', '.join(STORED)}")
-            if (fused := FUSED.fullmatch(name)) and len(tensor.shape) and tensor.shape[0] <= 4096:
+            fused = FUSED.fullmatch(name)
+            if fused and fused[4] and tensor.size == tensor.dtype.itemsize:
+                shared[fused] = self.tensors.pop(name)
+            elif fused and len(tensor.shape) and tensor.shape[0] <= 4096:
                 del self.tensors[name]
                 self.tensors |= split_experts(tensor, fused)
             elif name.endswith(".weight_scale"):  # another spelling of the same number
                 self.tensors[f"{name}_inv"] = self.tensors.pop(name)
+        for fused, tensor in shared.items():
+            for name in ("gate_proj", "up_proj") if fused[2] == "gate_up_proj" else ("down_proj",):
+                its = [other for other in self.tensors if re.fullmatch(rf"{re.escape(fused[1])}\.\d+\.{name}\.weight", other)]
+                self.tensors |= {f"{weight}_scale_inv": tensor for weight in its}
 
     def read(self, name: str) -> Tensor:
         """A tensor on the file's own bytes, with a storage of its own: what saves it writes its numbers and no others."""
@@ -187,13 +196,15 @@ def check_with_library(path: Path) -> None:
 
 def files_of(directory: Path, index: str) -> dict[str, set[str]]:
     """File name -> the tensors that are promised in it; several files come with an index, or at least numbered."""
-    if (directory / "model.safetensors").exists():
+    if (directory / "model.safetensors").exists() or (directory / "model.safetensors").is_symlink():  # a link to nothing is told later
         return {"model.safetensors": set()}
     if (directory / index).exists():
         return files_of_index(directory / index)
     numbered = {path.name: match for path in sorted(directory.glob("*.safetensors"))
                 if (match := re.fullmatch(r"(.+)-(\d+)-of-(\d+)\.safetensors", path.name))}
     if numbered:
+        if any(match[1] == "model" for match in numbered.values()):  # and not an optimizer's
+            numbered = {name: match for name, match in numbered.items() if match[1] == "model"}
         sets = {(match[1], int(match[3])) for match in numbered.values()}
         if len(sets) > 1:
             raise ValueError(f"{directory}: has parts of several checkpoints ({min(numbered)}, {max(numbered)}) and no {index}")
@@ -208,6 +219,9 @@ def files_of(directory: Path, index: str) -> dict[str, set[str]]:
                 raise ValueError(f"{directory}: has only pickled weights ({plain(files[0])}); those can run code when opened and "
                                  "are never read here; convert them to safetensors first")
             raise ValueError(f"{directory}: has only {what} the safetensors release of the model")
+    if others := sorted(path.name for path in directory.glob("*.safetensors")):
+        raise FileNotFoundError(f"{directory}: has {plain(others[0])}, but neither model.safetensors nor {index}, which is where the weights "
+                                "of a release for transformers lie; get that, or rename the file if it is one")
     raise FileNotFoundError(f"{directory}: no weights in it, neither model.safetensors nor {index}; download it again")
 
 

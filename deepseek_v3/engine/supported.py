@@ -35,7 +35,7 @@ GENERATORS = "ForCausalLM"
 NO_GENERATOR = (  # what an architecture's name says -> what that is
     ("Eagle|Draft|DFlash|Medusa|Speculator|MTP", "a draft model, which only guesses for another one"),
     ("Reward|Ranking|Rerank|ProcessReward", "a reward or reranking model"),
-    ("Classification|Regression|Guard", "a classifier, reward or reranking model"),
+    ("Classification|Regression|Guard|QuestionAnswering", "a classifier, reward or reranking model"),
     ("ConditionalGeneration", "a model of more than text"), ("Model$", "an embedding model"),
 )
 # Fields of config.json that change the result and are not computed here, with the values that switch them off.
@@ -71,7 +71,7 @@ PASSED_OVER = set("""
     output_attentions output_hidden_states output_scores output_logits return_dict_in_generate num_return_sequences early_stopping
     length_penalty diversity_penalty renormalize_logits remove_invalid_values is_assistant num_assistant_tokens
     num_assistant_tokens_schedule assistant_confidence_threshold assistant_early_exit assistant_lookbehind target_lookbehind
-    prompt_lookup_num_tokens max_matching_ngram_size use_mtp speculative compile_config disable_compile generation_kwargs
+    prompt_lookup_num_tokens max_matching_ngram_size use_mtp speculative speculation_type compile_config disable_compile generation_kwargs
     continuous_batching_config trust_remote_code chat_format max_window_size max_context_size model_max_length auto_map seed
     """.split())
 USED = {"do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "eos_token_id"}
@@ -135,7 +135,9 @@ def check_model(fields: Fields, package: str) -> None:
         if what:
             fields.refuse("model_type", f"this folder holds {what}; this project has no package for it, transformers or vLLM run it")
         one = f"this package runs only model_type {runs[0]!r}" if len(runs) == 1 else f"only {', '.join(map(repr, runs))} run here"
-        fields.refuse("model_type", one)
+        if kind is None:
+            raise ValueError(f"{fields.path}: has no model_type, so it is no language model's of transformers; {one}")
+        fields.refuse("model_type", f"{one}; this project has no package for it, transformers or vLLM may run it")
     names = fields.get("architectures", [])
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     for pattern, what in NO_GENERATOR:
@@ -165,6 +167,14 @@ def check_tensor_names(directory: Path, names: Collection[str]) -> None:
             raise ValueError(f"{directory}: {plain(name)} is the head of a classifier or reward model; this project runs text generators")
         if name in ("d2t", "t2d", "fc.weight") or name.startswith(("midlayer.", "eagle_module.")):
             raise ValueError(f"{directory}: {plain(name)} is part of a draft model, which only guesses for another one; run that one")
+    for name in names:
+        if re.search(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer)\.", name):
+            raise ValueError(f"{directory}: {plain(name)} is part of a LoRA adapter that was not merged; merge it with peft's "
+                             "merge_and_unload() and save that")
+        if (found := re.fullmatch(r"(.+\.)(layers\.0\..+)", name)) and found[1] != "model." and not any(
+                other.startswith("model.layers.") for other in names):
+            raise ValueError(f"{directory}: its tensors are named {plain(name)} and not model.{plain(found[2])}, as in a model of more than "
+                             "text or one saved within a wrapper; save the text generator by itself")
     if "embed_tokens.weight" in names and "model.embed_tokens.weight" not in names:
         raise ValueError(f"{directory}: the names of its tensors lack 'model.', as an embedding model's do; this project runs text generators")
 

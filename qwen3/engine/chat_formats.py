@@ -88,7 +88,7 @@ FORMATS = known(
     Format("kimi-k2", "kimi", "never", system="You are a helpful assistant"),
     Format("kimi-k2-thinking", "kimi", "always", system="You are Kimi, an AI assistant created by Moonshot AI.", closed=True),
     Format("glm-4.5", "glm", "switch", ("", "\n<think></think>")),
-    Format("glm-4.7", "glm", "switch", ("<think>", "</think>")))
+    Format("glm-4.7", "glm", "switch", ("<think>", "</think>"), history="untrimmed"))
 # Which format to take where only the vocabulary is known.
 NEAREST = {"chatml": "chatml", "deepseek": "deepseek-v3", "kimi": "kimi-k2", "glm": "glm-4.7"}
 
@@ -148,15 +148,18 @@ def with_default_system(format: Format, messages: list[dict[str, str]]) -> list[
 def remembered(format: Format, message: dict[str, str], asked_later: bool, last: bool) -> list[str]:
     """An answer of the history. Reasoning is mostly left out: it was needed once, and would fill the context.
 
-    whole: as it is. answer: what follows </think>; "answer, last whole" except the conversation's last message.
+    whole: as it is. answer: what follows </think>, without newlines before it; "answer, last whole" except the conversation's
+    last message; "answer, if thought" with its newlines where it has no </think>; "after thought" always with them.
     last question: reasoning stays in what follows the last question, and the very last message has it even if empty;
     "last question, if any" except an empty one. kept: always, even an empty one; "kept, if any" except an empty one.
     """
     history = format.history
     if history == "whole" or (history == "answer, last whole" and last):
         return [message["content"]]
-    if history.startswith("answer"):
-        return [message["content"].split(END_THINK)[-1].lstrip("\n")]
+    if history.startswith(("answer", "after")):
+        content = message["content"].split(END_THINK)[-1]
+        kept = history.startswith("after") or (history.endswith("if thought") and END_THINK not in message["content"])
+        return [content if kept else content.lstrip("\n")]
     reasoning, content = split_reasoning(message)
     shown = {"last question": not asked_later and (bool(reasoning) or last), "kept": True,
              "last question, if any": not asked_later and bool(reasoning), "kept, if any": bool(reasoning)}[history]
@@ -228,6 +231,8 @@ def glm(format: Format, messages: list[dict[str, str]], opening: str) -> list[st
             parts += ["\n" * older + content, *literal("/nothink" * quiet)]
             continue
         reasoning, answer = split_reasoning(message)
+        if format.history == "untrimmed" and not isinstance(message.get("reasoning_content"), str):  # newlines alone count as reasoning
+            reasoning = content.split(END_THINK)[0].split(THINK)[-1] if END_THINK in content else ""
         thought = [Special(THINK), reasoning.strip(), Special(END_THINK)] if i > asked and reasoning else literal(
             "<think></think>" if older else END_THINK)
         parts += ["\n" * older, *thought, ("\n" * older + answer.strip()) if answer.strip() else ""]

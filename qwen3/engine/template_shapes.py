@@ -1,130 +1,20 @@
 """The statements that a known chat format is made of: what template_reader.py left of a template -> its Format.
 
-Regular expressions over whole statements: how a system prompt and its default are written, what becomes of reasoning
-in the history, how the answer opens. A template is recognised only if every statement of it is accounted for.
+Regular expressions over whole statements, for each family; ChatML's are in chatml_shapes.py. A template is
+recognised only if every statement of it is accounted for.
 """
 
 import ast
 import re
 from dataclasses import replace
 
-from .chat_formats import ASSISTANT, BOS, END_THINK, EOS, FORMATS, THINK, USER, Format
+from .chat_formats import ASSISTANT, BOS, EOS, FORMATS, USER, Format
+from .chatml_shapes import chatml, thinks, with_name
 from .template_reader import STRING
-
-LAST_QUESTION = (r"for message in messages(\[::-1\])?\n(  .*\n)*?  if .*message\.role == 'user'.*\n"
-                 r"(    .*\n)*?    set ns\.last_query_index = index\n")
-
-
-# ChatML. A turn; the same with reasoning written before the answer; the beginning of either.
-ROLE = r"(?:'<\|im_start\|>' \+ message\.role \+ '\\n|'<\|im_start\|>(?:user|assistant|system)\\n)"
-TURN = rf"{ROLE}' \+ content(?P<trim>\._trim)? \+ '<\|im_end\|>\\n'"
-TURN_ = rf"{ROLE}' \+ content(?:\._trim)? \+ '<\|im_end\|>\\n'"
-PLAIN = rf"{ROLE}' \+ content"
-THOUGHT = (rf"{ROLE}<think>\\n' \+ reasoning_content(?:\.strip\('\\n'\)|\._trim)? \+ '\\n</think>\\n\\n' \+ "
-           r"content(?:\.lstrip\('\\n'\))?")
-END = r"'<\|im_end\|>\\n'\n"
-SPLIT = (r"    if .*message\.reasoning_content.*\n      set reasoning_content = message\.reasoning_content\n    else\n"
-         r"      if '</think>' in content\n"
-         r"(?:        set content = content\.split\('</think>'\)\._last\.lstrip\('\\n'\)\n"
-         r"|        set reasoning_content = content\.split\('</think>'\)\._first\.rstrip\('\\n'\)(?:\n        set reasoning_content = reasoning_content)?"
-         r"\.split\('<think>'\)\._last\.lstrip\('\\n'\)\n){2}")
-ANSWERS = {
-    "whole": rf"    out {TURN_}\n",
-    "answer": rf"    set content = content\.split\('</think>'\)\._last\.lstrip\('\\n'\)\n    out {TURN_}\n",
-    "answer, last whole": rf"    if not loop\.last\n      set content = content\.split\('</think>'\)\._last\.lstrip\('\\n'\)\n    out {TURN_}\n",
-    "answer, if thought": rf"    if '</think>' in content\n      set content = content\.split\('</think>'\)\._last\.lstrip\('\\n'\)\n    out {TURN_}\n",
-    "after thought": rf"    if '</think>' in content\n      set content = content\.split\('</think>'\)\._last\n    out {TURN_}\n",
-    "last question": (rf"{SPLIT}    if loop\.index0 > ns\.last_query_index\n      if \(loop\.last or (?:\(not loop\.last and reasoning_content\)|"
-                      rf"reasoning_content)\)\n        out {THOUGHT}\n      else\n        out {PLAIN}\n    else\n      out {PLAIN}\n    out {END}"),
-    "last question, if any": (rf"{SPLIT}(?:    if loop\.index0 > ns\.last_query_index\n      if reasoning_content\n        out {THOUGHT}\n"
-                              rf"      else\n        out {PLAIN}\n    else\n      out {PLAIN}\n|    if \(loop\.index0 > ns\.last_query_index and "
-                              rf"reasoning_content\)\n      out {THOUGHT}\n    else\n      out {PLAIN}\n)    out {END}"),
-    "kept": (rf"{SPLIT}(?:    out {THOUGHT} \+ {END}|    if loop\.index0 > ns\.last_query_index\n      out {THOUGHT}\n    else\n"
-             rf"      out {THOUGHT}\n    out {END})"),
-    "kept, if any": rf"{SPLIT}    if reasoning_content\n      out {THOUGHT}\n    else\n      out {PLAIN}\n    out {END}",
-}
-# How a system prompt is written: (statements before the loop, whether the first system message is written by them).
-FIRST = r"messages\[0\]\.role == 'system'"
-GIVEN = r"  out '<\|im_start\|>system\\n' \+ messages\[0\]\.content(?:\._trim)? \+ '<\|im_end\|>\\n'\n"
-VALUE = r"'<\|im_start\|>system\\n' \+ (?P<{0}>\w+) \+ '<\|im_end\|>\\n'\n"
-SYSTEMS = [
-    (rf"if {FIRST}\n{GIVEN}(?:else\n  out (?P<a>{STRING})\n)?", True),
-    (rf"if messages\[0\]\.role != 'system'\n  out (?P<b>{STRING})\n(?:else\n{GIVEN}(?P<both>))?", False),
-    (rf"set (?P<v>\w+) = (?P<c>{STRING})\nif {FIRST}\n  set (?P=v) = messages\[0\]\.content(?:\._trim)?\n(?:  set loop_messages = messages\[1:\]\n)?"
-     r"(?:if (?P=v)(?: is defined)?\n  )?out '<\|im_start\|>system\\n' \+ (?P=v) \+ '<\|im_end\|>\\n'\n", True),
-    (rf"if {FIRST}\n  set (?P<w>\w+) = messages\[0\]\.content(?:\._trim)?\n(?:  set loop_messages = messages\[1:\]\n)?else\n  set (?P=w) = (?P<d>{STRING})\n"
-     r"out '<\|im_start\|>system\\n' \+ (?P=w) \+ '<\|im_end\|>\\n'\n", True),
-    (rf"if {FIRST}\n  set (?P<x>\w+) = messages\[0\]\.content(?:\._trim)?\n  set loop_messages = messages\[1:\]\n"
-     r"if (?P=x) is defined\n  out '<\|im_start\|>system\\n' \+ (?P=x)(?: \+ '<\|im_end\|>\\n'\n|\nif (?P=x) is defined\n  out '<\|im_end\|>\\n'\n)", True),
-    ("", False),
-]
-IN_LOOP = rf"(?:  if \(loop\.first and (?:messages\[0\]|message)\.role != 'system'\)\n    out (?P<e>{STRING})\n)?"
-ROLES = r"\(?(?:(?:\(message\.role == 'system' and not loop\.first\)|message\.role == '(?:user|system|assistant)')(?: or )?)+\)?"
-LOOP = (rf"for message in (?P<over>loop_messages|messages)\n{IN_LOOP}(?:  out {TURN}\n"
-        rf"|  if (?P<roles>{ROLES})\n    out {TURN.replace('trim', 'trim2')}\n(?:  elif (?P<more>{ROLES})\n    out {TURN_}\n)*"
-        rf"(?:  elif message\.role == 'assistant'\n(?P<answer>(?:    .*\n)+?))?(?:  elif (?P<late>{ROLES})\n    out {TURN_}\n)?(?P<rest>  else\n    out {TURN_}\n)?)")
-OPENING = (rf"out '<\|im_start\|>assistant\\n(?P<open>(?:\\.|[^'\\])*)'\n"
-           rf"(?:if (?P<test>(?:not )?(?:enable_)?thinking)\n  out (?P<then>{STRING})\n(?:else\n  out (?P<other>{STRING})\n)?)?")
-
-
-def chatml(text: str) -> Format | None:
-    for system, writes_first in SYSTEMS:
-        found = re.fullmatch(rf"(?:{LAST_QUESTION})?{system}(?:{LAST_QUESTION})?{LOOP}{OPENING}", text)
-        if found:
-            break
-    else:
-        return None
-    group = found.groupdict()
-    roles = (group["roles"] or "") + (group["more"] or "") + (group["late"] or "")
-    skips = group["over"] == "loop_messages" or "not loop.first" in roles or bool(roles and "system" not in roles and not group["rest"])
-    if skips != (writes_first or group.get("both") is not None):
-        return None  # a first system message would be written twice, or not at all
-    trim = bool(group["trim"] or group.get("trim2"))
-    if writes_first and trim != ("messages[0].content._trim" in text):
-        return None  # only some of the contents are trimmed
-    history = "whole"
-    if group["answer"]:
-        history = next((name for name, regex in ANSWERS.items() if re.fullmatch(regex, group["answer"])), None)
-        if history is None or (history.startswith("last question") and "ns.last_query_index = index" not in text):
-            return None
-    default = next((group[name] for name in "abcde" if group.get(name)), None)
-    if default is not None:
-        default = ast.literal_eval(default)
-        if not (group.get("c") or group.get("d")):
-            if not (default.startswith("<|im_start|>system\n") and default.endswith("<|im_end|>\n")):
-                return None
-            default = default.removeprefix("<|im_start|>system\n").removesuffix("<|im_end|>\n")
-    opened = ast.literal_eval(f"'{group['open']}'")
-    on = off = opened
-    if group["test"]:
-        then, other = ast.literal_eval(group["then"]), ast.literal_eval(group["other"] or "''")
-        on, off = (opened + other, opened + then) if group["test"].startswith("not") else (opened + then, opened + other)
-    format = Format("", "chatml", thinks(on, off), (on, off), default, history=history, trim=trim,
-                    late_system=not roles or "system" in roles or bool(group["rest"]))
-    return with_name(format)
-
-
-def thinks(on: str, off: str) -> str:
-    opens = THINK in on and END_THINK not in on
-    return "switch" if on != off else "always" if opens else "never"
-
-
-def with_name(format: Format) -> Format:
-    """Named after the published format that it is, or is nearest to."""
-    for name, known in FORMATS.items():
-        if replace(known, name="") == replace(format, name="", system=known.system if format.system else format.system):
-            if name != "qwen3-instruct" and (name != "qwen2.5" or format.system == known.system):
-                return replace(format, name=name)
-    if format.family == "chatml" and format.thinking == "never" and format.opening == ("", ""):
-        return replace(format, name="chatml")
-    alike = [known for known in FORMATS.values() if (known.family, known.thinking) == (format.family, format.thinking)]
-    alike = alike or [known for known in FORMATS.values() if known.family == format.family]
-    return replace(format, name=max(alike, key=lambda known: (known.opening == format.opening, known.header == format.header)).name)
-
 
 # DeepSeek.
 JOINED = ("for message in messages\n  if message.role == 'system'\n    if ns.is_first_sp\n      set ns.system_prompt = ns.system_prompt + content\n"
-          "    else\n      set ns.system_prompt = ns.system_prompt + '\\n\\n' + content\n")
+          "      set ns.is_first_sp = false\n    else\n      set ns.system_prompt = ns.system_prompt + '\\n\\n' + content\n")
 LAST = "for message in messages\n  if message.role == 'system'\n    set ns.system_prompt = content\n"
 ASKED = r"(?:{0}set ns\.is_last_user = {1}\n)?"
 QUESTION = (rf"  if message\.role == 'user'\n{ASKED.format('    ', 'true')}"
@@ -140,13 +30,19 @@ OPENS = (rf"(?P<when>if (?:not )?ns\.is_last_user\n)?(?P<blank>  )?out '{ASSISTA
 
 def deepseek(text: str) -> Format | None:
     bos = rf"out (?:bos_token|'{BOS}') \+ ns\.system_prompt\n"
-    found = re.fullmatch(rf"(?P<systems>{re.escape(JOINED)}|{re.escape(LAST)}){bos}for message in messages\n{QUESTION}{ANSWER}{OPENS}", text)
+    begin = r"set ns = namespace\((?P<begin>(?:(?:is_first=\w+|is_output_first=\w+|is_tool=false|system_prompt=''|is_first_sp=true|"
+    begin += r"is_last_user=false)(?:, |(?=\))))+)\)\n"
+    found = re.fullmatch(rf"{begin}(?P<systems>{re.escape(JOINED)}|{re.escape(LAST)}){bos}for message in messages\n{QUESTION}{ANSWER}{OPENS}", text)
     if not found:
         return None
     group = found.groupdict()
     header = ("question, not the last" if group["but_last"] is not None else "question" if group["header"] else
               "after question" if group["asked"] else "answer" if group["own"] else None)
     if header is None or (bool(group["own"]) != (header == "answer")):
+        return None
+    if "system_prompt=''" not in group["begin"] or ("is_first_sp=true" not in group["begin"] and group["systems"] == JOINED):
+        return None
+    if (group["when"] or group["asked"]) and not all(f"set ns.is_last_user = {value}\n" in text for value in ("true", "false")):
         return None
     cut = group["one"] or group["one2"]
     on = off = ast.literal_eval(f"'{group['open']}'")
@@ -185,7 +81,8 @@ for message in suffix_msgs
     out render_content(message)
   out '<|im_end|>'
 """
-KIMI_SPLIT = """for idx in range(messages|length-1, -1, -1)
+KIMI_SPLIT = """set ns = namespace(last_non_tool_call_assistant_msg=-1)
+for idx in range(messages|length-1, -1, -1)
   if messages[idx].role == 'assistant'
     set ns.last_non_tool_call_assistant_msg = idx
     set break
@@ -199,11 +96,13 @@ KIMI_ROLES = ["set role_name = message.name or message.role",
 
 
 def kimi(text: str, macros: dict[str, list[str]]) -> Format | None:
-    thinking = macros.get("set_roles") == KIMI_ROLES and macros.get("render_content", [])[:3] == ["set c = content", "if c is string", "  out c"]
+    thinking = macros.get("set_roles") == KIMI_ROLES and macros.get("render_content", [""])[0] == "set c = content" and (
+        writes_text(macros["render_content"][1:], "c"))
     loops = [rf"for message in messages\n(?:  {KIMI_SYSTEM.format('  ', 'inner')})?{turns}" for turns in KIMI_TURNS]
     loops += [re.escape(KIMI_THINKING) + "(?P<thought>)"] if thinking else []
+    split = re.escape(KIMI_SPLIT) if "hist_msgs" in text else ""
     for loop in loops:
-        found = re.fullmatch(rf"(?:{re.escape(KIMI_SPLIT)})?(?:{KIMI_SYSTEM.format('', 'outer')})?{loop}{KIMI_OPENING}", text)
+        found = re.fullmatch(rf"{split}(?:{KIMI_SYSTEM.format('', 'outer')})?{loop}{KIMI_OPENING}", text)
         if found:
             break
     else:
@@ -268,6 +167,7 @@ else
 """}
 GLM_LATER = r"\((?:\((?:clear_thinking is defined and )?not clear_thinking\)? or )?loop\.index0 > ns\.last_user_index\)? and reasoning_content\)"
 GLM_START = """out '[gMASK]<sop>'
+set ns = namespace(last_user_index=-1)
 for message in messages
   if message.role == 'user'
     set ns.last_user_index = loop.index0
@@ -276,7 +176,7 @@ for message in messages
 
 
 def glm(text: str) -> Format | None:
-    text = re.sub(r"^( +)set content = content\n", "", text, flags=re.M).replace("\\u200b", "")
+    text = text.replace("    out '<|assistant|>'\n    set reasoning_content = ''\n", "    out '<|assistant|>'\n").replace("\\u200b", "")
     trims = [(r".rstrip('\n').split('<think>')._last.lstrip('\n')", r".lstrip('\n')"), (".split('<think>')._last", "")]
     for name, body in GLM.items():
         for first, second in trims:
@@ -284,15 +184,21 @@ def glm(text: str) -> Format | None:
             whole = whole.replace("LATER", rf"(?:{GLM_LATER}|\(\(\(clear_thinking is defined and not clear_thinking\) or loop\.index0 > "
                                   r"ns\.last_user_index\) and reasoning_content\))")
             if re.fullmatch(whole, text):
-                return FORMATS[name]
+                return replace(FORMATS[name], history="whole" if first == trims[0][0] else "untrimmed")
     return None
+
+
+def writes_text(body: list[str], name: str) -> bool:
+    """Whether a macro only writes its argument where that is a text."""
+    return body[:2] == [f"if {name} is string", f"  out {name}"] and all(line.startswith(("  ", "elif ", "else")) for line in body[2:]) and (
+        not body[2:] or not body[2].startswith(" "))
 
 
 def recognise(statements: list[str], macros: dict[str, list[str]]) -> Format | None:
     """The format that these statements are; None if one of them is not accounted for."""
     text = "".join(line + "\n" for line in statements)
     for name, body in macros.items():  # a macro that only writes a text is that text
-        if body[:2] == ["if message is string", "  out message"]:
+        if writes_text(body, "message"):
             text = text.replace(f"{name}(content)", "content")
     text = re.sub(r"^ *set content = content\n", "", text, flags=re.M)
     return chatml(text) or deepseek(text) or kimi(text, macros) or glm(text)

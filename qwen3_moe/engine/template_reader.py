@@ -19,7 +19,7 @@ LONGEST = 40_000  # characters; published templates have up to 16,000
 
 # What holds, and what does not, in every conversation that is rendered here: texts by three roles, no tools, an answer is to follow.
 HOLDS, HOLDS_NOT = (re.compile("|".join(patterns)) for patterns in (
-    [r"tools (is|==) (none|undefined|not defined)", r".*tool_calls (is none|is not defined|is undefined)|'tool_calls' not in .*",
+    [r"tools (is|==) (none|undefined|not defined)", r".*tool_calls (is not none|is not defined|is undefined)|'tool_calls' not in .*",
      r"message\.role != '(tool|ipython|function|observation)'", r"(content|messages\[0\]\.content) is (string|not none|defined)",
      r"add_generation_prompt( is defined| is true)?|messages|message|message\.role is defined", r"(enable_)?thinking is defined",
      r"message\.content is (string|not none|defined)", r"\(?messages\._length > 0"],
@@ -29,9 +29,9 @@ HOLDS, HOLDS_NOT = (re.compile("|".join(patterns)) for patterns in (
      r"(enable_)?thinking is (not defined|none|undefined)|add_generation_prompt is (not defined|undefined)|messages\._length == 0"]))
 SPELLINGS = [(r"(\w+) (?:is|==) false", r"not \1"), (r"(\w+) (?:is|==) true", r"\1")]
 # Statements that change nothing in such a conversation.
-IDLE = re.compile(r"content = content|ns\.(is_tool|is_first|is_output_first|is_first_sp|is_tool_outputs) = \w+|index = .*|tools = .*|"
-                  r"(image_count|video_count) = .*|reasoning_content = ''|last_index = messages\._length - 1|"
-                  r"ns = namespace\((?!.*='[^'])[^)]*\)|loop_messages = messages|(enable_)?thinking = (true|false)|add_generation_prompt = .*")
+IDLE = re.compile(r"content = content|ns\.(is_tool|is_first|is_output_first|is_tool_outputs) = false|tools = (none|None|\[\])|"
+                  r"(image_count|video_count|tool_call_counter) = namespace\(value=0\)|tool_response_queue = namespace\(ids=\[\]\)|"
+                  r"last_index = messages\._length - 1")
 
 
 class NotUnderstood(ValueError):
@@ -78,8 +78,11 @@ def cut(template: str) -> list[tuple[str, str]]:
     return out
 
 
-def parse(code: str, loop_name: str) -> ast.expr:
-    """An expression of Jinja as a tree: Python's parser reads it, once filters are written as fields."""
+def parse(code: str, loop_name: str, content: str = "given") -> ast.expr:
+    """An expression of Jinja as a tree: Python's parser reads it, once filters are written as fields.
+
+    `content`: whether the variable of that name is the message's here ("given"), is unset, or has been "changed".
+    """
     parts = re.split(f"({STRING})", code, flags=re.S)
     for i, part in enumerate(parts):
         if i % 2:
@@ -89,7 +92,7 @@ def parse(code: str, loop_name: str) -> ast.expr:
     source = " ".join(parts).strip()
     for attempt in (source, source + " else ''"):  # Jinja's `a if b` needs no else
         try:
-            return Even(loop_name).visit(ast.parse(f"({attempt})", mode="eval").body)
+            return Even(loop_name, content).visit(ast.parse(f"({attempt})", mode="eval").body)
         except (SyntaxError, ValueError, MemoryError):
             pass
     raise NotUnderstood(code)
@@ -98,11 +101,20 @@ def parse(code: str, loop_name: str) -> ast.expr:
 class Even(ast.NodeTransformer):
     """One spelling for what means the same: message["content"] and message.content, [-1] and |last, "a" + "b" and "ab"."""
 
-    def __init__(self, loop_name: str):
-        self.loop_name = loop_name
+    def __init__(self, loop_name: str, content: str):
+        self.loop_name, self.content = loop_name, content
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
+        if node.id == "content" != self.loop_name and self.content == "unset":
+            return ast.Name("unset")
         return ast.Name("message") if node.id == self.loop_name else node
+
+    def visit_Compare(self, node: ast.Compare) -> ast.expr:
+        """message.get(x) is None where x is not there, and message[x] is not."""
+        if re.fullmatch(r"\w+\.get\('\w+'\) is (not )?none", ast.unparse(node)):
+            node.comparators = [ast.Name("defined")]
+            node.ops = [ast.IsNot() if isinstance(node.ops[0], ast.Is) else ast.Is()]
+        return self.generic_visit(node)
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
         self.generic_visit(node)
@@ -114,7 +126,7 @@ class Even(ast.NodeTransformer):
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         self.generic_visit(node)
-        return ast.Name("content") if ast.unparse(node) == "message.content" else node
+        return ast.Name("content") if ast.unparse(node) == "message.content" and self.content != "changed" else node
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         self.generic_visit(node)
@@ -176,6 +188,10 @@ class Reader:
 
     def __init__(self, template: str):
         self.queue, self.at, self.loop_name, self.macros = cut(template), 0, "message", {}
+        self.content = "unset"  # what the variable `content` is at this place
+
+    def parse(self, code: str) -> ast.expr:
+        return parse(code, self.loop_name, self.content)
 
     def body(self, until: tuple[str, ...]) -> list[tuple]:
         out: list[tuple] = []
@@ -189,26 +205,28 @@ class Reader:
             if kind == "text":
                 out.append(("out", ast.Constant(text)))
             elif kind == "out":
-                node = parse(text, self.loop_name)
+                node = self.parse(text)
                 out += self.choose([(node.test, [("out", node.body)]), (None, [("out", node.orelse)])]) if isinstance(
                     node, ast.IfExp) else [("out", node)]
             elif word == "if":
                 out += self.arms(rest)
             elif word == "for":
-                outer = self.loop_name
+                outer, self.content = self.loop_name, "unset"
                 if over := re.match(r"(\w+) in (?:loop_)?messages\b", rest):
                     self.loop_name = over[1]
                     rest = "message" + rest[len(over[1]):]
                 out.append(("for", " ".join(rest.split()), self.closed("endfor")))
-                self.loop_name = outer
+                self.loop_name, self.content = outer, "unset"
             elif word == "macro":
                 outer, self.loop_name = self.loop_name, (re.findall(r"\((\w+)\)", rest) or [""])[0]
                 self.macros[rest.partition("(")[0].strip()] = self.closed("endmacro")
                 self.loop_name = outer
             elif word == "set" and "=" in rest:
                 name, _, value = rest.partition("=")
-                text = f"{name.strip()} = {ast.unparse(parse(value, self.loop_name))}"
+                text = f"{name.strip()} = {ast.unparse(self.parse(value))}"
                 out += [] if IDLE.fullmatch(text) else [("set", text)]
+                if name.strip() == "content":
+                    self.content = "given" if text == "content = content" and self.content != "changed" else "changed"
             elif word == "break":
                 out.append(("set", word))
             elif word not in ("generation", "endgeneration"):
@@ -223,15 +241,22 @@ class Reader:
         return inner
 
     def arms(self, rest: str) -> list[tuple]:
-        arms, test = [], parse(rest, self.loop_name)
+        arms, test, before, after, certain = [], self.parse(rest), self.content, set(), False
         while True:
+            self.content = before
             inner = self.body(("elif", "else", "endif"))
             arms.append((test, inner))
+            holds = True if test is None else condition(test)[0]
+            after |= {self.content} if holds is not False and not certain else set()
+            certain = certain or holds is True
             text = self.queue[self.at][1]
             self.at += 1
             if text.startswith("endif"):
+                after |= set() if certain else {before}
+                self.content = next(state for state in ("unset", "changed", "given") if state in after)
                 return self.choose(arms)
-            test = parse(text[4:], self.loop_name) if text.startswith("elif") else None
+            self.content = before
+            test = self.parse(text[4:]) if text.startswith("elif") else None
 
     def choose(self, arms: list[tuple[ast.expr | None, list[tuple]]]) -> list[tuple]:
         """The arms that some conversation reaches."""
