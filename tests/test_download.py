@@ -62,7 +62,9 @@ class Clone:
 
     def start(self, *arguments: str, shell: str = "sh", folder: Path = ROOT) -> subprocess.Popen:
         return subprocess.Popen([shell, str(self.script), *arguments], env=self.environment, cwd=folder, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True, start_new_session=True)
+                                stderr=subprocess.PIPE, text=True, start_new_session=True,
+                                # A shell that runs tests in the background has it ignored, and it is inherited.
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
 
     def run(self, *arguments: str, **more) -> tuple[int, str, str]:
         process = self.start(*arguments, **more)
