@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -397,7 +398,8 @@ def one_of_two(rank: int, package: str, store: str) -> None:
     both = [torch.empty_like(mine) for _ in range(2)]
     dist.all_gather(both, mine)
     assert torch.equal(*both)
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # gloo's threads, taken down as a process ends, abort it in one of five runs
 
 
 @pytest.mark.slow
