@@ -134,7 +134,7 @@ class Config:
             eos_token_id=stop_ids or (),
             **quantization,
             **read_sampling(generation),
-            notes=tuple(dict.fromkeys(fields.notes + generation.notes)),
+            notes=tuple(fields.notes + generation.notes),
         )
         refuse_impossible_numbers(fields, config)
         return config

@@ -17,14 +17,12 @@ A checkpoint's chat format lies beside it as a template, a program. It is recogn
 import codecs
 import re
 from collections.abc import Iterable, Iterator
-from itertools import chain, dropwhile, islice
 from pathlib import Path
 
 import tokenizers
 
 from .config import Config
-from .engine.chat_formats import (ASSISTANT, BOS, END_THINK, EOS, FIRST, IM_END, IM_START, MARKERS, NUMBERED, PUBLISHED, SPELLED,  # noqa: F401
-                                  THINK, USER, Format, Special, named, render)
+from .engine.chat_formats import BOS, EOS, FIRST, IM_END, MARKERS, NUMBERED, PUBLISHED, SPELLED, Format, Special, named, render
 from .engine.fields import one_line
 from .engine.templates import choose_format, find_template
 from .engine.tiktoken_vocab import read_tiktoken
@@ -155,12 +153,6 @@ def is_word(token: tokenizers.AddedToken, template: str) -> bool:
     of_the_format = content in template and not content.isalnum()
     spells_a_marker = any(marker in content for marker in SPELLED)
     return not (token.special or spells_a_marker or content in PUBLISHED or NUMBERED.fullmatch(content) or of_the_format)
-
-
-def dropping_newlines(pieces: Iterator[str]) -> Iterator[str]:
-    """The same without the newlines at the beginning, which are the chat format's."""
-    pieces = dropwhile(lambda piece: not piece.strip("\n"), pieces)
-    return chain((piece.lstrip("\n") for piece in islice(pieces, 1)), pieces)
 
 
 def read_tokenizer(path: Path) -> tokenizers.Tokenizer:

@@ -1,4 +1,4 @@
-"""5b. A checkpoint becomes a model: tensors of files -> parameters, nothing copied twice.
+"""5. A checkpoint becomes a model: tensors of files -> parameters, nothing copied twice.
 
 The model is built on PyTorch's "meta" device, where tensors have a shape and no memory. Each tensor of the
 checkpoint is then put in its place. On the CPU it stays where it is, in the memory-mapped file: the
@@ -72,8 +72,8 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
 def read_checkpoint(directory: str | Path, every: int = 997) -> tuple[Config, CheckpointFiles]:
     """The config and the files, each corrected by the other.
 
-    A tied head may be stored once more: a copy is dropped, another one is the head, as in transformers. For loading `every`
-    row is compared; for what is asked before, every 997th.
+    A tied head may be stored once more: a copy is dropped, another one is the head, as in transformers.
+    `every` 1 compares all rows, as loading does; 997 every 997th, for what is asked before.
     """
     config, files, notes = Config.from_checkpoint(directory), CheckpointFiles(directory), []
     check_tensor_names(files.directory, files.tensors)

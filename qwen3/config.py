@@ -101,7 +101,7 @@ class Config:
             eos_token_id=stop_ids or (),
             **quantization,
             **read_sampling(generation),
-            notes=tuple(dict.fromkeys(fields.notes + generation.notes)),
+            notes=tuple(fields.notes + generation.notes),
         )
         if config.num_attention_heads % config.num_key_value_heads:
             raise ValueError(f"{fields.path}: num_attention_heads {config.num_attention_heads} is not a multiple "

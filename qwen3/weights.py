@@ -60,8 +60,8 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
 def read_checkpoint(directory: str | Path, every: int = 997) -> tuple[Config, CheckpointFiles]:
     """The config and the files, each corrected by the other.
 
-    A tied head may be stored once more: a copy is dropped, another one is the head, as in transformers. For loading `every`
-    row is compared; for what is asked before, every 997th.
+    A tied head may be stored once more: a copy is dropped, another one is the head, as in transformers.
+    `every` 1 compares all rows, as loading does; 997 every 997th, for what is asked before.
     """
     config, files, notes = Config.from_checkpoint(directory), CheckpointFiles(directory), []
     check_tensor_names(files.directory, files.tensors)

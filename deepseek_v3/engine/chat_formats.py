@@ -237,11 +237,3 @@ def glm(format: Format, messages: list[dict[str, str]], opening: str) -> list[st
             "<think></think>" if older else END_THINK)
         parts += ["\n" * older, *thought, ("\n" * older + answer.strip()) if answer.strip() else ""]
     return [*parts, Special(GLM_ROLES["assistant"]), *literal(opening)]
-
-
-def as_text(parts: list[str], missing: set[str]) -> list[str]:
-    """The same with special tokens that a vocabulary lacks as plain text, which is how they were trained then."""
-    return [str.__str__(part) if part in missing else part for part in parts]
-
-
-__all__ = ["FORMATS", "Format", "Special", "named", "render", "replace"]

@@ -1,8 +1,8 @@
 """What is refused, and in which words: other models, other formats, and fields that would change the result unnoticed.
 
 A checkpoint that runs gives the numbers that its authors mean. Everything else ends here, in one sentence that says
-what the folder holds and where to go. Three lists decide: MODELS (by model_type), CONFIG_OFF (fields of config.json)
-and the two of generation_config.json, GENERATION_OFF and PASSED_OVER.
+what the folder holds and where to go. Four lists decide: MODELS (by model_type), CONFIG_OFF (fields of config.json),
+GENERATION_OFF and PASSED_OVER (fields of generation_config.json).
 """
 
 import re
@@ -99,7 +99,6 @@ def read_supported(directory: str | Path, package: str) -> tuple[Fields, Fields,
     if generation.get("stop_strings"):
         generation.notes.append("generation_config.json: stop_strings are not used here, only eos_token_id ends an answer")
     quantization = read_quantization(fields, directory)
-    fields.notes += generation.notes
     return fields, generation, quantization
 
 
@@ -127,7 +126,7 @@ def check_folder(directory: Path) -> None:
 def check_model(fields: Fields, package: str) -> None:
     kind = fields.get("model_type")
     runs = [name for name, its in PACKAGES.items() if its == package]
-    if kind not in runs if isinstance(kind, str) else True:
+    if not isinstance(kind, str) or kind not in runs:
         if isinstance(kind, str) and kind in PACKAGES:
             ours = PACKAGES[kind]
             fields.refuse("model_type", f"this folder holds {OURS[ours]}; run it with `python -m {ours}.main`")
