@@ -22,7 +22,8 @@ from pathlib import Path
 import tokenizers
 
 from .config import Config
-from .engine.chat_formats import BOS, EOS, FIRST, IM_END, MARKERS, NUMBERED, PUBLISHED, SPELLED, Format, Special, named, render
+from .engine.chat_formats import (ASSISTANT, BOS, END_THINK, EOS, FIRST, IM_END, IM_START, MARKERS, NUMBERED, PUBLISHED, SPELLED,  # noqa: F401
+                                  THINK, USER, Format, Special, named, render)
 from .engine.fields import one_line
 from .engine.templates import choose_format, find_template
 from .engine.tiktoken_vocab import read_tiktoken

@@ -11,8 +11,8 @@ import tokenizers
 import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from deepseek_v3.engine.chat_formats import ASSISTANT, BOS, EOS, USER
-from qwen3.engine.chat_formats import END_THINK, IM_END, IM_START, THINK
+from deepseek_v3.tokenizer import ASSISTANT, BOS, EOS, USER
+from qwen3.tokenizer import END_THINK, IM_END, IM_START, THINK
 from scripts.tiny_corpus import (DONT_KNOW, NO_SUMS, ONLY_ADD, TRAIN_PHRASINGS, UNKNOWN_QUESTIONS, ask, glossary, small_talk,
                                  unknown_things)
 

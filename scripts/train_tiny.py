@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from qwen3.engine.chat_formats import END_THINK, IM_END  # noqa: E402, I001  before torch: see qwen3/__init__.py
+from qwen3.tokenizer import END_THINK, IM_END  # noqa: E402, I001  before torch: see qwen3/__init__.py
 
 import tokenizers  # noqa: E402
 import torch  # noqa: E402

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from deepseek_v3.engine.chat_formats import ASSISTANT, BOS, EOS, THINK, USER
-from deepseek_v3.tokenizer import Tokenizer
+from deepseek_v3.tokenizer import ASSISTANT, BOS, EOS, THINK, USER, Tokenizer
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "checkpoints/DeepSeek-V3-Tiny"
