@@ -1,0 +1,41 @@
+"""What the engine has to know of this package's architecture; its other files know nothing of it."""
+
+import torch
+from torch import Tensor
+
+from ..config import Config
+from ..layers import Attention, Linear
+from ..model import Model
+from .fast import FastLinear, fused_sdpa
+from .safetensors_reader import CheckpointFiles
+
+KEPT_IN_FLOAT32 = ()  # tensors that stay float32 whatever the others are, by the last part of their names
+
+
+class FusedAttention(Attention):
+    def sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        if q.device.type == "mps":  # some versions of PyTorch leak future tokens there, or return NaN
+            return super().sdpa(q, k, v, mask)
+        return fused_sdpa(q, k, v, mask, self.scale)
+
+
+FASTER = {Linear: FastLinear, Attention: FusedAttention}  # part of the lesson -> its faster twin, same parameters
+
+
+def count_experts(config: Config) -> tuple[int, int]:
+    """(Experts that a token uses, experts of a layer)."""
+    return 1, 1
+
+
+def correct(config: Config, files: CheckpointFiles) -> Config:
+    """The config as far as the files contradict it."""
+    return config
+
+
+def stack_experts(model: Model, files: CheckpointFiles, device: torch.device, dtype: torch.dtype | str | None,
+                  compute: torch.dtype) -> None:
+    """Put all experts of a layer into few tensors, where that is faster."""
+
+
+def check_compiled(model: Model) -> None:
+    """ValueError for a model whose decode step cannot be compiled; any dense one can be."""
