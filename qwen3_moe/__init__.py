@@ -1,16 +1,17 @@
-"""Qwen3-MoE, the mixture of experts. Read README.md, then the files in this order:
+"""Qwen3-MoE, the mixture of experts. README.md tells the story; READING_ORDER is the order of the files.
 
-config, tokenizer, layers, attention, moe, model, weights, generate, main.
-The folder engine/ is not needed for the lesson.
+The folder engine/ makes the same numbers faster, reads more formats and talks to the terminal; the lesson is complete
+without it.
 """
 
 import importlib
 import warnings
 
+READING_ORDER = ("model", "layers", "moe", "generate", "tokenizer", "config", "weights", "main")
+NAMES = {"Qwen3MoeConfig": ("config", "Config"), "Qwen3Moe": ("model", "Model")}
+
 # NumPy is not needed here, and PyTorch says at every start that it could not find it.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-
-NAMES = {"Qwen3MoeConfig": ("config", "Config"), "Qwen3Moe": ("model", "Model")}
 
 
 def __getattr__(name: str) -> type:

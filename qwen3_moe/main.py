@@ -1,4 +1,4 @@
-"""7. The command line: python -m qwen3_moe.main -p "What is a router?"
+"""The command line: python -m qwen3_moe.main -p "What is a router?"
 
     arguments ──> config, tokenizer, model ──> ids of the question ──> generate ──> ids of the answer ──> text
 
@@ -18,12 +18,13 @@ if __name__ == "__main__":  # importing torch takes seconds, and Ctrl-C should l
 
 from .engine.arguments import Parser, find_checkpoint, find_question
 from .engine.conversation import Conversation, chat, chat_format
+from .engine.expert_picture import Routing
+from .engine.prepare import read_checkpoint
 from .engine.terminal import note, progress
 from .generate import generate
 from .layers import KVCache
-from .routing import Routing
 from .tokenizer import Tokenizer
-from .weights import load_model, read_checkpoint
+from .weights import load_model
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 DEFAULT, EMBEDDED, DOWNLOAD = "Qwen3-30B-A3B", "Qwen3-MoE-Tiny", "bash scripts/download_qwen3_moe.sh"
@@ -48,12 +49,11 @@ def run(arguments: argparse.Namespace) -> None:
         note(text)
 
     device, dtype = conversation.find_device(prompt_ids)
-    model = load_model(folder, device, dtype, progress("loading tensor"))
+    model = load_model(folder, device, dtype, progress("loading tensor"), engine=not arguments.plain)
 
     def answer_ids(prompt_ids: list[int], max_new_tokens: int, cache: KVCache) -> Iterator[int]:
         return generate(model, prompt_ids, max_new_tokens=max_new_tokens, **conversation.sampling,
-                        stop_ids=conversation.stop_ids, seed=arguments.seed, cache=cache,
-                        progress=progress("reading prompt token"), compiled=arguments.compile)
+                        stop_ids=conversation.stop_ids, seed=arguments.seed, cache=cache, compiled=arguments.compile)
 
     conversation.begin(model, answer_ids)
     routing = Routing(model) if arguments.show_experts else None

@@ -1,27 +1,27 @@
-"""4. The blocks stacked: token ids -> logits.
+"""The layers stacked: token ids -> logits.
 
     token_ids (B, T) ─ embed_tokens ─ x (B, T, D) ─┬─ layers.0 … layers.L-1 ─ norm ─ lm_head ─ logits (B, T, V)
                                                    │
                        x = x + attention(norm(x)) ─┤  each layer
                        x = x + mlp(norm(x))       ─┘   the mlp is a mixture of experts
 
-Modules are named as the checkpoint's tensors: `model.layers.0.self_attn.q_proj.weight` is exactly that
-attribute here. Paper: Qwen3 (arXiv:2505.09388, section 2); the norm before each part and not after it is
-Xiong et al. 2020 (arXiv:2002.04745).
-"""
+Modules are named as the checkpoint's tensors: `model.layers.0.self_attn.q_proj.weight` is exactly that attribute here.
 
-from collections.abc import Callable
+Papers: Qwen3 (arXiv:2505.09388, section 2); the norm before each part and not after it is Xiong et al. 2020
+(arXiv:2002.04745).
+"""
 
 import torch
 from torch import Tensor, nn
 
-from .attention import Attention, attention_mask
 from .config import Config
-from .layers import MLP, KVCache, Linear, RMSNorm, RotaryEmbedding, new_weight, product
+from .layers import MLP, Attention, KVCache, Linear, RMSNorm, RotaryEmbedding, attention_mask, new_weight
 from .moe import SparseMoeBlock
 
 
-class DecoderLayer(nn.Module):
+class Layer(nn.Module):
+    """One layer: two steps, each added to the residual stream x. (B, T, D) -> (B, T, D)."""
+
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -30,41 +30,36 @@ class DecoderLayer(nn.Module):
         sparse = config.is_sparse(layer)
         self.mlp = SparseMoeBlock(config) if sparse else MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: KVCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
 
 
-class Decoder(nn.Module):
+class Transformer(nn.Module):
     """Everything but the head; the tensors under `model.`"""
 
     def __init__(self, config: Config):
         super().__init__()
         size = config.vocab_size, config.hidden_size
         self.embed_tokens = nn.Embedding(*size, _weight=new_weight(*size))
-        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
 
-    def forward(self, token_ids: Tensor, cache: KVCache | None = None,
-                progress: Callable[[int, int], None] | None = None) -> Tensor:
-        """(B, T) -> the final, normed hidden states (B, T, D). With a cache the tokens follow those in it.
-
-        `progress(done, all)` counts layers.
-        """
+    def forward(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) -> the final, normed hidden states (B, T, D). With a cache the tokens follow those in it."""
         T, device = token_ids.shape[1], token_ids.device
         first, padding = (cache.length, cache.padding) if cache is not None else (0, None)
         positions = torch.arange(first, first + T, device=device)[None]  # (1, T)
         if padding is not None:
             positions = (positions - padding).clamp(min=0)  # (B, T)
-        x = self.embed_tokens(token_ids)  # (B, T, D)
-        cos, sin = self.rotary_emb(positions, first + T, x.dtype)
         mask = attention_mask(first, T, padding, device)
-        for done, layer in enumerate(self.layers, start=1):
+
+        x = self.embed_tokens(token_ids)  # (B, T, D)
+        cos, sin = self.rotary_emb(positions, x.dtype)
+        for layer in self.layers:
             x = layer(x, cos, sin, mask, cache)
-            if progress:
-                progress(done, len(self.layers))
         if cache is not None:
             cache.length += T
         return self.norm(x)
@@ -76,19 +71,16 @@ class Model(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
-        # Tied: the head is the embedding matrix itself, read by rows going in and by columns coming out.
-        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.model = Transformer(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:  # one matrix, read by rows going in and by columns coming out
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, token_ids: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
         """Causal. Without a cache differentiable and stateless; `last_only` gives (B, 1, V).
 
-        While generating only the last position is asked for: all the others of a prompt would cost
-        2 * V * D operations and V values each (0.3 MB a token for Qwen3) to be thrown away.
+        Generating asks for the last position only. All the others of a prompt would cost 2 * V * D operations and
+        V values each (0.3 MB a token for Qwen3), to be thrown away.
         """
         x = self.model(token_ids, cache)  # (B, T, D)
-        return self.head(x[:, -1:] if last_only else x)
-
-    def head(self, x: Tensor) -> Tensor:
-        """Final states (…, D) -> logits (…, V)."""
-        return product(x, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+        return self.lm_head(x[:, -1:] if last_only else x)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config import Config
 from ..layers import Linear
 from ..model import Model
-from .architecture import FASTER, KEPT_IN_FLOAT32, correct, count_experts, stack_experts
+from .architecture import FASTER, KEPT_IN_FLOAT32, correct, count_parts, stack_experts
 from .fields import DTYPES, plain
 from .quantized import FORMATS, FP8, QuantizedLinear
 from .safetensors_reader import CheckpointFiles, is_copy
@@ -31,9 +31,9 @@ def read_checkpoint(directory: str | Path, every: int = 997) -> tuple[Config, Ch
     """
     config, files, notes = Config.from_checkpoint(directory), CheckpointFiles(directory), []
     check_tensor_names(files.directory, files.tensors)
-    experts = count_experts(config)[1]
-    if max(config.num_hidden_layers, experts) > len(files.tensors):  # a damaged number: each would be built first
-        asked = f"{config.num_hidden_layers} layers" + (f" and {experts} experts" if experts > 1 else "")
+    parts = count_parts(config)
+    if max(parts.values()) > len(files.tensors):  # a damaged number, and all of them would be built before one is missed
+        asked = " and ".join(f"{count} {what}" for what, count in parts.items())
         raise ValueError(f"{files.directory}: config.json asks for {asked}, the files hold {len(files.tensors)} tensors")
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if config.tie_word_embeddings and head in files.tensors and embedding not in files.tensors:
