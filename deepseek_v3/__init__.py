@@ -1,16 +1,18 @@
-"""DeepSeek-V3. Read README.md, then the files in this order:
+"""DeepSeek-V3. README.md tells the story; READING_ORDER is the order of the files.
 
-config, tokenizer, layers, attention, mla, moe, model, weights, generate, speculative, main.
-The folder engine/ is not needed for the lesson.
+The folder engine/ makes the same numbers faster, reads more formats and talks to the terminal; the lesson is complete
+without it.
 """
 
 import importlib
 import warnings
 
+READING_ORDER = ("model", "layers", "yarn", "mla", "moe", "generate", "speculative", "tokenizer", "config", "weights",
+                 "main")
+NAMES = {"DeepseekV3Config": ("config", "Config"), "DeepseekV3": ("model", "Model")}
+
 # NumPy is not needed here, and PyTorch says at every start that it could not find it.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-
-NAMES = {"DeepseekV3Config": ("config", "Config"), "DeepseekV3": ("model", "Model")}
 
 
 def __getattr__(name: str) -> type:

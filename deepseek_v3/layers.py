@@ -1,27 +1,26 @@
-"""3. The building blocks: RMSNorm, the linear product, rotary position embedding, the latent cache, SwiGLU.
+"""The building blocks of a layer: RMSNorm, RotaryEmbedding, the KV cache, MLP. Attention itself is in mla.py.
 
-New against Qwen3: rotated pairs are neighbours, and the cache keeps one short vector for each token instead of keys
-and values. Multi-head latent attention, which makes keys and values of it, is in mla.py.
+New against Qwen3: rotated pairs are neighbours, and the cache keeps one short vector of each token for all heads
+together, instead of keys and values for each.
 
 One alphabet of dimensions, for every shape note and einsum:
 
     B batch      T new tokens     S all tokens so far, cached and new     D hidden size     V vocabulary
-    H heads      R latent rank (kv_lora_rank)      N head size without position (qk_nope_head_dim)      F MLP size
-    P the part of a head that has a position (qk_rope_head_dim)     M head size of a value (v_head_dim)
-    E experts    A experts active for a token
-    In the functions that all packages share K is the number of key/value heads, and N the size of a head.
+    H heads      R latent rank (kv_lora_rank)     N head size without position (qk_nope_head_dim)
+    P rotary part of a head (qk_rope_head_dim)    M size of a value (v_head_dim)     F feed-forward size
 
-Papers: RMSNorm (arXiv:1910.07467), RoPE (arXiv:2104.09864), YaRN (arXiv:2309.00071), SwiGLU (arXiv:2002.05202),
-latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1), DeepSeek-V3 (arXiv:2412.19437).
+Papers: RMSNorm (arXiv:1910.07467), RoPE (arXiv:2104.09864), SwiGLU (arXiv:2002.05202), latent attention (DeepSeek-V2,
+arXiv:2405.04434, section 2.1), DeepSeek-V3 (arXiv:2412.19437).
 """
 
-import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import Config, Yarn
+from .config import Config
+from .yarn import yarn
 
 
 class RMSNorm(nn.Module):
@@ -41,7 +40,7 @@ class RMSNorm(nn.Module):
 
 
 def new_weight(*shape: int) -> nn.Parameter:
-    """Normal numbers of standard deviation 0.02. On the meta device none: for them PyTorch imports its compiler, a second."""
+    """N(0, 0.02). Skipped on the meta device, where normal_() imports PyTorch's compiler (1 s)."""
     weight = torch.empty(shape)
     return nn.Parameter(weight if weight.is_meta else weight.normal_(std=0.02))
 
@@ -54,44 +53,28 @@ class Linear(nn.Module):
         self.weight = new_weight(out_features, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.matrix(x.dtype))
+        return x @ self.matrix(x.dtype).T
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """W (out, in), ready to multiply."""
+        """W (out, in). Here it is the parameter; a layer that stores W in fewer bits computes it, in `dtype`."""
         return self.weight
 
 
-# Without AVX-512, as on many laptops, PyTorch multiplies matrices of 16-bit numbers at a sixth of its speed in float32.
-SLOW_IN_16_BITS = torch.backends.cpu.get_cpu_capability() == "AVX2"
-
-
-def product(x: Tensor, W: Tensor) -> Tensor:
-    """x W^T: (…, T, in) and (…, out, in) -> (…, T, out)."""
-    rows = x.shape[:-1].numel() // W.shape[:-2].numel()  # for each matrix
-    if rows == 1 and torch.compiler.is_compiling():
-        return product_of_one_row(x, W)
-    if x.device.type == "cpu" and rows >= 16 and x.itemsize == 2 and SLOW_IN_16_BITS:
-        return product_in_float32(x, W)
-    return x @ W.mT  # one row too: with torch 2.15 at full bandwidth; with 2.9 it takes up to 1.3 times as long as torch.mv
-
-
-def product_of_one_row(x: Tensor, W: Tensor) -> Tensor:
-    """The same as one loop over W, for a compiler: a W made from FP8, or chosen among experts, is not written to memory."""
-    return (x[..., None, :].float() * W.unsqueeze(-3).float()).sum(-1).to(x.dtype)
-
-
-def product_in_float32(x: Tensor, W: Tensor) -> Tensor:
-    """The same in float32, rounded once. From 16 rows on: to fewer the conversion of W costs more than it saves."""
-    # Piece by piece, since the whole W in float32 (a head's has 150,000 rows) would take twice its own memory.
-    x32 = x.float()
-    return torch.cat([(x32 @ piece.float().mT).to(x.dtype) for piece in W.split(512, dim=-2)], dim=-1)
+def inverse_frequencies(config: Config) -> tuple[Tensor, float]:
+    """How fast each pair turns: theta^(-2j/P) radians a token, (P/2,) float32; and a factor on cos and sin."""
+    N = config.head_dim
+    # On the CPU even if the model is built on the meta device: these numbers stand in no checkpoint.
+    period = config.rope_theta ** (torch.arange(0, N, 2, dtype=torch.float32, device="cpu") / N)  # tokens per radian
+    if config.rope_scaling:  # stretched to longer contexts, as in all of DeepSeek's: yarn.py
+        return yarn(period, config.rope_theta, config.rope_scaling)
+    return 1 / period, 1.0
 
 
 class RotaryEmbedding:
-    """RoPE's cosines and sines by position (arXiv:2104.09864, section 3.2.2); with YaRN where the config says so.
+    """RoPE's cosines and sines by position (arXiv:2104.09864, section 3.2.2).
 
-    Pair j of N values turns by the angle position * theta^(-2j/N). DeepSeek and the paper pair neighbours
-    ("interleaved"), Qwen3 pairs value j with value j + N/2 ("half-split"):
+    Pair j of P values turns by the angle position * theta^(-2j/P). DeepSeek and the paper pair neighbours
+    ("interleaved"), Qwen3 pairs value j with value j + P/2 ("half-split"):
 
         interleaved   0 1  2 3  4 5  6 7        half-split   0 1 2 3 | 4 5 6 7
                       └─┘  └─┘  └─┘  └─┘                     └───────┘ (0,4)
@@ -101,117 +84,74 @@ class RotaryEmbedding:
     """
 
     def __init__(self, config: Config):
-        self.config = config
-        self.cos = self.sin = torch.empty(0, config.head_dim // 2)
+        self.frequencies, self.scale = inverse_frequencies(config)
 
-    def __call__(self, positions: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions (B or 1, T), all below `length` -> cos and sin (B or 1, 1, T, N/2), ready to multiply all heads."""
-        cos, sin = self.cos, self.sin  # taken once: another thread may change them at any moment
-        if length > min(len(cos), len(sin)) or {cos.device, sin.device} != {positions.device}:
-            cos, sin = self.grow(max(256, 2 ** math.ceil(math.log2(length))), positions.device)
-        # The tables stay float32 and are rounded here: rounding an angle of 30,000 first would lose the position.
-        return cos[positions][:, None].to(dtype), sin[positions][:, None].to(dtype)
-
-    @torch.inference_mode(False)  # else tables made while generating could never be trained through
-    def grow(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        frequency, scale = inverse_frequencies(self.config)
-        angle = torch.arange(length, dtype=torch.float32)[:, None] * frequency  # (length, N/2)
-        cos, sin = (angle.cos() * scale).to(device), (angle.sin() * scale).to(device)
-        self.cos, self.sin = cos, sin
-        return cos, sin
-
-
-def inverse_frequencies(config: Config) -> tuple[Tensor, float]:
-    """(theta_j, (N/2,) float32; the factor on cos and sin). Without YaRN theta^(-2j/N) and 1."""
-    N, theta, yarn = config.head_dim, config.rope_theta, config.rope_scaling
-    period = theta ** (torch.arange(0, N, 2, dtype=torch.float32) / N)  # tokens per radian
-    if yarn is None:
-        return 1 / period, 1.0
-
-    # Pairs that turn often within the trained length keep their speed, slow ones are slowed by `factor`,
-    # those between are blended (arXiv:2309.00071, eq. 17-20).
-    def pair_that_turns(times: float) -> float:
-        return N * math.log(yarn.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = pair_that_turns(yarn.beta_fast), pair_that_turns(yarn.beta_slow)
-    if yarn.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, N - 1)
-    high += 0.001 if low == high else 0  # a step instead of a ramp, not a division by zero
-    ramp = ((torch.arange(N // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    keep = 1 - ramp
-    frequency = 1 / (yarn.factor * period) * (1 - keep) + 1 / period * keep  # in transformers' order, to the last bit
-
-    if yarn.attention_factor is not None:
-        return frequency, yarn.attention_factor
-    if yarn.mscale and yarn.mscale_all_dim:
-        return frequency, mscale(yarn, yarn.mscale) / mscale(yarn, yarn.mscale_all_dim) * yarn.attn_factor
-    return frequency, mscale(yarn, 1.0) * yarn.attn_factor
-
-
-def mscale(yarn: Yarn, m: float) -> float:
-    """YaRN's factor on queries and on keys, so squared in the scores (arXiv:2309.00071, eq. 22)."""
-    return 0.1 * m * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions (B or 1, T) -> cos and sin (B or 1, 1, T, P/2), ready to multiply all heads."""
+        angles = positions[:, None, :, None] * self.frequencies.to(positions.device)  # float32
+        # bfloat16 resolves an angle near 30,000 only to 128 radians, so the conversion comes last.
+        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x1, x2) by its angle: (x1 cos - x2 sin, x2 cos + x1 sin). x (B, heads, T, N)."""
-    x1, x2 = x.chunk(2, dim=-1)  # half-split: the first N/2 values and the last
+    """Turn each pair (x1, x2) by its angle: (x1 cos - x2 sin, x2 cos + x1 sin). x (B, heads, T, P)."""
+    x1, x2 = x.chunk(2, dim=-1)  # half-split: the first P/2 values and the last
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
-def neighbours_apart(x: Tensor) -> Tensor:
+def deinterleave(x: Tensor) -> Tensor:
     """Values in the order 0 2 4 … 1 3 5 …: what were neighbours is then a half-split pair, and `rotate` turns it.
 
-    Queries and keys are reordered alike, so their products, which are all that is used of them, stay the same.
+    Queries and keys are reordered alike, so their dot products, which are all that is used of them, stay the same.
     """
     return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
 
 
+def attention_mask(first: int, T: int, padding: Tensor | None, device: torch.device) -> Tensor:
+    """Which keys each of T queries sees, True where it does: (T, S), or (B, 1, T, S) with padding.
+
+    The one rule: the query in slot p sees the keys in slots <= p that are not padding.
+    """
+    query, key = torch.arange(first, first + T, device=device)[:, None], torch.arange(first + T, device=device)
+    mask = key <= query  # (T, S)
+    if padding is None:
+        return mask
+    # A query that is itself padding sees itself: a softmax over nothing is NaN, and NaN spreads.
+    return (mask & (key >= padding[:, :, None]) | (key == query))[:, None]  # (B, 1, T, S)
+
+
 class KVCache:
-    """What attention needs of all tokens so far: one tensor (layers, B, capacity, R + P), shared by all heads.
+    """What attention keeps of all tokens so far, for every layer: one latent (R + P) of each, for all heads together.
 
     Slots are written in place and handed out as views. Rows of a batch end at the same slot: a shorter
-    prompt starts later, after `padding[b]` slots that nobody looks at.
+    prompt starts later, after `padding[b]` slots that no query sees.
 
         slot        0 1 2 3 4 5          position of a token in its own text = slot - padding
         row 0       a b c d e →
         row 1       · · · x y →          padding[1] = 3
     """
 
-    def __init__(self, config: Config, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu",
-                 padding: list[int] | None = None, layers: int | None = None):
-        shape = (layers or config.num_hidden_layers, len(padding or [0]), capacity,
-                 config.kv_lora_rank + config.qk_rope_head_dim)
-        self.latents = torch.empty(shape, dtype=dtype, device=device)
+    def __init__(self, layers: Sequence[nn.Module], capacity: int, dtype: torch.dtype,
+                 device: torch.device | str = "cpu", padding: list[int] | None = None):
+        L, B = len(layers), len(padding or [0])
+        self.tensors = [torch.empty(L, B, heads, capacity, size, dtype=dtype, device=device)
+                        for heads, size in layers[0].cached]
         self.padding = torch.tensor(padding, device=device)[:, None] if padding and any(padding) else None  # (B, 1)
-        self.length = 0  # slots in use
-        self.drafts: KVCache | None = None  # that of the layer which predicts a second token, see speculative.py
-
-    @staticmethod
-    def bytes_per_token(config: Config, dtype: torch.dtype) -> int:
-        """Of all layers: L * (R + P) values."""
-        return config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * dtype.itemsize
+        self.length = 0  # slots in use; the model moves it on when all layers have written
+        self.drafts: KVCache | None = None  # that of the draft layer, see speculative.py
 
     @property
     def capacity(self) -> int:
-        return self.latents.shape[2]
+        return self.tensors[0].shape[3]
 
-    @property
-    def device(self) -> torch.device:
-        return self.latents.device
-
-    def made_for(self) -> tuple:
-        """What must agree with a model's own cache: all sizes but the capacity, type and device, no padding."""
-        return *self.latents.shape[:2], self.latents.shape[3], self.latents.dtype, self.device, self.padding is None
-
-    def write(self, layer: int, latents: Tensor) -> Tensor:
-        """Put latents (B, T, R + P) after the last token; return all of the layer's, (B, S, R + P)."""
-        end = self.length + latents.shape[1]
+    def write(self, layer: int, *new: Tensor) -> list[Tensor]:
+        """Put new latents (B, 1, T, R + P) after the last token; return all of the layer's, (B, 1, S, R + P)."""
+        end = self.length + new[0].shape[2]
         if end > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens, {end} are needed")
-        self.latents[layer, :, self.length:end] = latents
-        return self.latents[layer, :, :end]
+        for tensor, part in zip(self.tensors, new):
+            tensor[layer, :, :, self.length:end] = part
+        return [tensor[layer, :, :, :end] for tensor in self.tensors]
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
@@ -224,9 +164,10 @@ class KVCache:
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` tokens, keeping what is there."""
         if capacity > self.capacity:
-            new = self.latents.new_empty(*self.latents.shape[:2], capacity, self.latents.shape[3])
-            new[:, :, :self.length] = self.latents[:, :, :self.length]
-            self.latents = new  # only now: Ctrl-C may come at any moment
+            larger = [old.new_empty(*old.shape[:3], capacity, old.shape[4]) for old in self.tensors]
+            for old, new in zip(self.tensors, larger):
+                new[:, :, :, :self.length] = old[:, :, :, :self.length]
+            self.tensors = larger  # only now: Ctrl-C may come at any moment
 
 
 class MLP(nn.Module):

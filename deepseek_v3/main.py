@@ -1,4 +1,4 @@
-"""7. The command line: python -m deepseek_v3.main -p "What is MLA?"
+"""The command line: python -m deepseek_v3.main -p "What is MLA?"
 
     arguments ──> config, tokenizer, model ──> ids of the question ──> generate ──> ids of the answer ──> text
 
@@ -18,13 +18,15 @@ if __name__ == "__main__":  # importing torch takes seconds, and Ctrl-C should l
 
 from .engine.arguments import Parser, find_checkpoint, find_question
 from .engine.conversation import Conversation, chat, chat_format
+from .engine.drafts import check_drafting
+from .engine.expert_picture import Routing
+from .engine.prepare import read_checkpoint
 from .engine.terminal import note, progress
 from .generate import generate
 from .layers import KVCache
-from .routing import Routing
 from .speculative import Acceptance
 from .tokenizer import Tokenizer
-from .weights import load_model, read_checkpoint
+from .weights import load_model
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 DEFAULT, EMBEDDED, DOWNLOAD = "Moonlight-16B-A3B-Instruct", "DeepSeek-V3-Tiny", "bash scripts/download_deepseek_v3.sh"
@@ -55,14 +57,13 @@ def run(arguments: argparse.Namespace) -> None:
         note(text)
 
     device, dtype = conversation.find_device(prompt_ids)
-    model = load_model(folder, device, dtype, progress("loading tensor"))
+    model = load_model(folder, device, dtype, progress("loading tensor"), engine=not arguments.plain)
     acceptance = Acceptance()
 
     def answer_ids(prompt_ids: list[int], max_new_tokens: int, cache: KVCache) -> Iterator[int]:
         acceptance.drafted = acceptance.accepted = 0
         return generate(model, prompt_ids, max_new_tokens=max_new_tokens, **conversation.sampling,
-                        stop_ids=conversation.stop_ids, seed=arguments.seed, cache=cache,
-                        progress=progress("reading prompt token"), compiled=arguments.compile,
+                        stop_ids=conversation.stop_ids, seed=arguments.seed, cache=cache, compiled=arguments.compile,
                         speculative=arguments.speculative, acceptance=acceptance)
 
     conversation.begin(model, answer_ids, remark=lambda: str(acceptance) if acceptance.drafted else "")

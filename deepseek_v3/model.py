@@ -1,14 +1,14 @@
-"""4. The blocks stacked: token ids -> logits, and a layer that predicts one token more.
+"""The layers stacked: token ids -> logits, and a draft layer that predicts one token more.
 
     token_ids (B, T) ─ embed_tokens ─ x (B, T, D) ─┬─ layers.0 … layers.L-1 ─ norm ─ h ─ lm_head ─ logits (B, T, V)
                                                    │
                        x = x + attention(norm(x)) ─┤  each layer
-                       x = x + mlp(norm(x))       ─┘   the mlp is a mixture of experts but in the first layers
+                       x = x + mlp(norm(x))       ─┘   the mlp is a mixture of experts except in the first layers
 
     multi-token prediction (MTP): layers.L looks at h at t and at the token that came at t+1, and predicts t+2
 
         embedding of t+1 ─ enorm ─┐
-                                  ├─ eh_proj ─ a decoder layer ─ shared_head.norm ─ lm_head ─ logits
+                                  ├─ eh_proj ─ a layer ─ shared_head.norm ─ lm_head ─ logits
                      h at t ─ hnorm ┘
 
 Modules are named as the checkpoint's tensors: `model.layers.0.self_attn.q_a_proj.weight` is exactly that
@@ -16,34 +16,34 @@ attribute here. Papers: DeepSeek-V3 (arXiv:2412.19437; section 2.2, eq. 21-23 fo
 not after it is Xiong et al. 2020 (arXiv:2002.04745).
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from .attention import attention_mask
 from .config import Config
-from .layers import MLP, KVCache, Linear, RMSNorm, RotaryEmbedding, new_weight, product
+from .layers import MLP, KVCache, Linear, RMSNorm, RotaryEmbedding, attention_mask, new_weight
 from .mla import Attention
 from .moe import DeepSeekMoE
 
 
-class DecoderLayer(nn.Module):
+class Layer(nn.Module):
+    """One layer: two steps, each added to the residual stream x. (B, T, D) -> (B, T, D)."""
+
     def __init__(self, config: Config, layer: int, cache_layer: int | None = None):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer if cache_layer is None else cache_layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = DeepSeekMoE(config) if config.is_sparse(layer) else MLP(config.hidden_size, config.intermediate_size)
+        sparse = config.is_sparse(layer)
+        self.mlp = DeepSeekMoE(config) if sparse else MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: KVCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
 
 
-class MTPLayer(DecoderLayer):
-    """The draft layer (MTP module), after the last layer. It uses the embedding and the head of the main model; files hold copies."""
+class MTPLayer(Layer):
+    """The draft layer (MTP module), after the last. It uses the main model's embedding and head; files hold copies."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__(config, layer, cache_layer=0)  # it has a cache of its own
@@ -57,29 +57,25 @@ class MTPLayer(DecoderLayer):
         return self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
 
 
-class Decoder(nn.Module):
+class Transformer(nn.Module):
     """Everything but the head; the tensors under `model.`"""
 
     def __init__(self, config: Config):
         super().__init__()
         size = config.vocab_size, config.hidden_size
         self.embed_tokens = nn.Embedding(*size, _weight=new_weight(*size))
-        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
         for extra in range(config.num_nextn_predict_layers):
             self.layers.append(MTPLayer(config, config.num_hidden_layers + extra))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
 
-    def forward(self, token_ids: Tensor, cache: KVCache | None = None,
-                progress: Callable[[int, int], None] | None = None) -> Tensor:
-        """(B, T) -> the final, normed hidden states (B, T, D). With a cache the tokens follow those in it.
-
-        `progress(done, all)` counts layers.
-        """
+    def forward(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) -> the final, normed hidden states (B, T, D). With a cache the tokens follow those in it."""
         layers = [layer for layer in self.layers if not isinstance(layer, MTPLayer)]
-        x = self.norm(self.run(layers, self.embed_tokens(token_ids), cache, progress))
+        x = self.norm(self.run(layers, self.embed_tokens(token_ids), cache))
         if torch.is_grad_enabled() and len(layers) < len(self.layers):
-            # In training the MTP layer gets gradients too, of zeros: DistributedDataParallel waits for all gradients.
+            # The draft layer gets gradients of zero in training, which training on several GPUs waits for.
             x = x + self.predict_second(token_ids[:1, :1], x[:1, :1])[:, :0].sum()
         return x
 
@@ -89,20 +85,18 @@ class Decoder(nn.Module):
         x = self.run([layer], layer.join(self.embed_tokens(token_ids), hidden), cache)
         return layer.shared_head["norm"](x)
 
-    def run(self, layers: list[DecoderLayer], x: Tensor, cache: KVCache | None,
-            progress: Callable[[int, int], None] | None = None) -> Tensor:
+    def run(self, layers: list[Layer], x: Tensor, cache: KVCache | None) -> Tensor:
         """(B, T, D) through layers, (B, T, D); positions and mask follow from what the cache holds."""
         T, device = x.shape[1], x.device
         first, padding = (cache.length, cache.padding) if cache is not None else (0, None)
         positions = torch.arange(first, first + T, device=device)[None]  # (1, T)
         if padding is not None:
             positions = (positions - padding).clamp(min=0)  # (B, T)
-        cos, sin = self.rotary_emb(positions, first + T, x.dtype)
         mask = attention_mask(first, T, padding, device)
-        for done, layer in enumerate(layers, start=1):
+
+        cos, sin = self.rotary_emb(positions, x.dtype)
+        for layer in layers:
             x = layer(x, cos, sin, mask, cache)
-            if progress:
-                progress(done, len(layers))
         if cache is not None:
             cache.length += T
         return x
@@ -114,22 +108,19 @@ class Model(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
-        # Tied: the head is the embedding matrix itself, read by rows going in and by columns coming out.
-        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.model = Transformer(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:  # one matrix, read by rows going in and by columns coming out
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, token_ids: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
         """Causal. Without a cache differentiable and stateless; `last_only` gives (B, 1, V).
 
-        While generating only the last position is asked for: all the others of a prompt would cost
-        2 * V * D operations and V values each (0.26 MB a token for DeepSeek-V3) to be thrown away.
+        Generating asks for the last position only. All the others of a prompt would cost 2 * V * D operations and
+        V values each (0.26 MB a token for DeepSeek-V3), to be thrown away.
         """
         x = self.model(token_ids, cache)  # (B, T, D)
-        return self.head(x[:, -1:] if last_only else x)
-
-    def head(self, x: Tensor) -> Tensor:
-        """Final states (…, D) -> logits (…, V)."""
-        return product(x, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+        return self.lm_head(x[:, -1:] if last_only else x)
 
     def mtp(self, token_ids: Tensor, hidden: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
         """A second token ahead: `token_ids` (B, T) are the tokens at positions 1…T, `hidden` (B, T, D) the main
@@ -140,4 +131,4 @@ class Model(nn.Module):
         if not self.config.num_nextn_predict_layers:
             raise ValueError("this checkpoint has no layer for multi-token prediction")
         x = self.model.predict_second(token_ids, hidden, cache)
-        return self.head(x[:, -1:] if last_only else x)
+        return self.lm_head(x[:, -1:] if last_only else x)

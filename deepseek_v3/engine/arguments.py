@@ -47,7 +47,10 @@ class Parser(argparse.ArgumentParser):
             '"plain" continues plain text')
         add("--seed", type=int, metavar="N", help="repeat the same random choices")
         add("-d", "--device", help="cpu, cuda, cuda:1, mps; default: the fastest that is there")
-        add("--compile", action="store_true", help="compile the decode step: half a minute of waiting once, then faster on a GPU")
+        decode = self.add_mutually_exclusive_group()
+        decode.add_argument("--plain", action="store_true", help="run the lesson's code alone, without the faster parts of engine/")
+        decode.add_argument("--compile", action="store_true", help="compile the decode step: half a minute of waiting once, "
+                            "then faster on a GPU")
         add("--dtype", choices=DTYPES, help="default: the checkpoint's own (FP8 weights stay FP8)")
 
     def error(self, message: str) -> NoReturn:

@@ -13,14 +13,16 @@ from pathlib import Path
 import torch
 
 from ..config import Config
-from ..generate import check_request, new_cache
-from ..layers import KVCache
+from ..generate import new_cache
 from ..model import Model
 from ..tokenizer import Tokenizer
-from ..weights import bytes_per_token, check_memory, compute_dtype, find_device, gigabytes
 from .arguments import MAX_NEW_TOKENS, SAMPLING, name_of
+from .memory import find_device, gigabytes
+from .prepare import compute_dtype
+from .requests import check_request
 from .safetensors_reader import CheckpointFiles
-from .terminal import PACKAGE, Questions, note, show_answer
+from .sizes import bytes_per_token, cache_bytes_per_token, check_memory
+from .terminal import PACKAGE, Questions, note, progress, show_answer
 
 COMMANDS = "/clear forgets the conversation, /system TEXT sets the system prompt, /think, /no_think, /exit"
 HELP = """\
@@ -107,7 +109,7 @@ class Conversation:
         if device.type == "mps" and self.config.quantization and dtype is None:
             dtype = "bfloat16"  # Apple's GPUs have no FP8
         compute = compute_dtype(self.config, CheckpointFiles(self.folder), dtype)
-        per_token, tokens = KVCache.bytes_per_token(self.config, compute), len(prompt_ids) + self.new_tokens(prompt_ids)
+        per_token, tokens = cache_bytes_per_token(self.config, compute), len(prompt_ids) + self.new_tokens(prompt_ids)
         size = check_memory(self.folder, device, dtype, tokens, tokens * per_token)
         kept = "FP8" if self.config.quantization and dtype is None else str(compute).removeprefix("torch.")
         why = "" if self.arguments.device or device.type != "cpu" else " (no GPU found)"
@@ -129,11 +131,13 @@ class Conversation:
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(cached, prompt_ids)))
         self.cache.truncate(min(common, len(prompt_ids) - 1))
         speed = Speed(self.model, len(prompt_ids) - self.cache.length)
+        reading = Reading(self.model, len(prompt_ids) - self.cache.length, progress("reading prompt token"))
         limit = self.new_tokens(prompt_ids)
         ids = self.answer_ids(prompt_ids, max_new_tokens=limit, cache=self.cache)
         try:
             text = show_answer(self.tokenizer, prompt_ids, speed.watch(ids))
         finally:
+            reading.end()
             self.cached_ids = prompt_ids + speed.ids
         if len(speed.ids) == limit:
             full = len(prompt_ids) + limit >= self.config.context_length
@@ -141,6 +145,26 @@ class Conversation:
                                                     else "; -n allows more"))
         note(speed.summary(self.remark()))
         return text
+
+
+class Reading:
+    """Shows how far a prompt is read, by listening to the layers; a layer counts as its share of a token."""
+
+    def __init__(self, model: Model, tokens: int, show: Callable[[int, int], None]):
+        layers = model.model.layers[:model.config.num_hidden_layers]
+        self.done, self.all, self.tokens, self.show = 0, tokens * len(layers), tokens, show
+        self.hooks = [layer.register_forward_hook(self.passed) for layer in layers]
+
+    def passed(self, layer: torch.nn.Module, inputs: tuple, x: torch.Tensor) -> None:
+        self.done += x.shape[1]
+        self.show(self.done * self.tokens // self.all, self.tokens)
+        if self.done >= self.all:
+            self.end()
+
+    def end(self) -> None:
+        """Stop listening: decoding takes place without it."""
+        for hook in self.hooks:
+            hook.remove()
 
 
 class Speed:

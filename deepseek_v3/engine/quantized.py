@@ -1,4 +1,7 @@
-"""FP8 weights: eight bits a weight, and a scale that several of them share.
+"""Linear layers whose weights are stored in fewer bits, and dequantised as they are used.
+
+`QuantizedLinear` is what loading, compiling and splitting over machines know of all of them. FP8 is one of them: eight
+bits a weight, and a scale that several weights share.
 
     W = scale * q       q in float8_e4m3fn; one scale for    the tensor   (1, 1)
                                                              each row     (O, 1)
@@ -10,25 +13,41 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..layers import Linear
+from ..config import Config
+from .fast import FastLinear
+from .safetensors_reader import CheckpointFiles
 
 FP8 = torch.float8_e4m3fn
 
 
-class FP8Linear(Linear):
-    """y = x W^T with W (out, in) in FP8; dequantised as it is used. `block`: rows and columns that share a scale."""
+class QuantizedLinear(FastLinear):
+    """y = x W^T with a W that `matrix(dtype)` computes from what the checkpoint stores for it.
 
-    def __init__(self, linear: Linear, block: tuple[int, int]):
+    A subclass says by `stored` which tensors it finds in a checkpoint, takes these in its constructor, and keeps them
+    as parameters under the checkpoint's names, in their own types and without gradients.
+    """
+
+    def __init__(self, **tensors: Tensor):
         nn.Module.__init__(self)
-        self.weight, self.block = linear.weight, block
-        self.register_parameter("weight_scale_inv", None)  # loading puts it there
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    @staticmethod
+    def stored(files: CheckpointFiles, name: str, shape: tuple[int, int],
+               config: Config) -> dict[str, tuple[int, ...]] | None:
+        """What is stored for the Linear `name` with a W of `shape`: parameter -> shape; None where it is not this format.
+
+        Raises ValueError for a damaged or unannounced format.
+        """
+        raise NotImplementedError
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        return dequantize(self.weight, self.weight_scale_inv, dtype, self.block)
+        """W (out, in) in `dtype`."""
+        raise NotImplementedError
 
     # PyTorch's pickle (not torch.save) writes 8-bit floats and cannot read them: it gets their bytes.
     def __getstate__(self) -> dict:
-        names = {name: p.dtype for name, p in self._parameters.items() if p is not None and p.dtype.itemsize == 1}
+        names = {name: p.dtype for name, p in self._parameters.items() if p.dtype.itemsize == 1}
         return self.__dict__ | {"eight_bits": names, "_parameters": {
             name: p.data.view(torch.uint8) if name in names else p for name, p in self._parameters.items()}}
 
@@ -36,6 +55,35 @@ class FP8Linear(Linear):
         super().__setstate__(state)
         for name, dtype in self.__dict__.pop("eight_bits").items():
             self._parameters[name] = nn.Parameter(self._parameters[name].view(dtype), requires_grad=False)
+
+
+class FP8Linear(QuantizedLinear):
+    """W in FP8. How many rows and columns share a scale follows from the shapes, and from what the config announces."""
+
+    def __init__(self, config: Config, weight: Tensor, weight_scale_inv: Tensor):
+        super().__init__(weight=weight, weight_scale_inv=weight_scale_inv)
+        self.block = block_of(tuple(weight.shape), tuple(weight_scale_inv.shape), config.weight_block_size)
+
+    @staticmethod
+    def stored(files: CheckpointFiles, name: str, shape: tuple[int, int],
+               config: Config) -> dict[str, tuple[int, ...]] | None:
+        weight, scale = (files.tensors.get(f"{name}.{leaf}") for leaf in ("weight", "weight_scale_inv"))
+        if weight is None or weight.dtype != FP8:
+            return None
+        if config.quantization != "fp8":
+            raise ValueError(f"{weight.path}: {name}.weight is FP8, which config.json's quantization_config does not "
+                             "announce")
+        block = block_of(shape, scale.shape, config.weight_block_size) if scale else (1, 1)
+        if block is None:
+            raise ValueError(f"{scale.path}: {name}.weight_scale_inv has shape {scale.shape}, no scale for each block, "
+                             f"row or tensor of {shape}")
+        return {"weight": shape, "weight_scale_inv": grid_of(shape, block)}
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        return dequantize(self.weight, self.weight_scale_inv, dtype, self.block)
+
+
+FORMATS = (FP8Linear,)
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype, block: tuple[int, int] = (128, 128)) -> Tensor:
@@ -51,7 +99,8 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype, block: tuple[i
     return (weight.float() * scale).to(dtype)
 
 
-def block_of(weight: tuple[int, ...], scale: tuple[int, ...], announced: tuple[int, int] | None) -> tuple[int, int] | None:
+def block_of(weight: tuple[int, ...], scale: tuple[int, ...],
+             announced: tuple[int, int] | None) -> tuple[int, int] | None:
     """Rows and columns that share a scale, by the shapes that are stored; None where they do not fit each other."""
     blocks = announced or (128, 128)
     grid = grid_of(weight, blocks)
@@ -59,16 +108,10 @@ def block_of(weight: tuple[int, ...], scale: tuple[int, ...], announced: tuple[i
         return weight
     if scale in (weight[:1], (weight[0], 1)):
         return 1, weight[1]
-    return blocks if [size for size in scale if size != 1] == [size for size in grid if size != 1] else None  # (…, 1, …, 1) too
+    without_ones = [size for size in scale if size != 1], [size for size in grid if size != 1]  # (…, 1, …, 1) too
+    return blocks if without_ones[0] == without_ones[1] else None
 
 
 def grid_of(weight: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
     """How many scales there are, along rows and along columns."""
     return math.ceil(weight[0] / block[0]), math.ceil(weight[1] / block[1])
-
-
-def swap_in_fp8(model: nn.Module, name: str, block: tuple[int, int]) -> None:
-    """Replace the Linear at `name` by one of FP8, before anything is loaded."""
-    parent, _, leaf = name.rpartition(".")
-    parent = model.get_submodule(parent)
-    setattr(parent, leaf, FP8Linear(getattr(parent, leaf), block))

@@ -7,8 +7,8 @@ import shutil
 
 import torch
 
-from .model import Model
-from .moe import Router
+from ..model import Model
+from ..moe import Router
 
 SHADES = " ░▒▓█"
 
@@ -24,8 +24,8 @@ class Routing:
                 self.counts[layer] = torch.zeros(len(module.weight), dtype=torch.int64)
                 module.register_forward_hook(lambda _, __, out, layer=layer: self.count(layer, out[1]))
 
-    def count(self, layer: int, chosen: torch.Tensor) -> None:
-        self.counts[layer] += torch.bincount(chosen.flatten().cpu(), minlength=len(self.counts[layer]))
+    def count(self, layer: int, topk_ids: torch.Tensor) -> None:
+        self.counts[layer] += torch.bincount(topk_ids.flatten().cpu(), minlength=len(self.counts[layer]))
 
     def picture(self, width: int | None = None) -> str:
         """Layers x experts, shaded by share of the tokens, and each layer's balance.

@@ -1,0 +1,58 @@
+"""What the engine has to know of this package's architecture; its other files know nothing of it."""
+
+import torch
+from torch import Tensor
+
+from ..config import Config
+from ..layers import Linear
+from ..mla import Attention
+from ..moe import Experts
+from .drafts import check_drafts as correct  # noqa: F401 for prepare.py
+from .experts import FastExperts, check_compiled, stack_experts  # noqa: F401 for prepare.py and compiled.py
+from .fast import FastLinear, fused_sdpa, matmul
+from .safetensors_reader import CheckpointFiles
+
+KEPT_IN_FLOAT32 = ("e_score_correction_bias",)  # tensors that stay float32 whatever the others are, by the last part of their names
+
+
+class FusedAttention(Attention):
+    def sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        if k.shape[1] == 1 < q.shape[1] and len(q) == 1:
+            return attention_on_latents(q, k, v, mask, self.scale)
+        if q.device.type == "mps":  # some versions of PyTorch leak future tokens there, or return NaN
+            return super().sdpa(q, k, v, mask)
+        return fused_sdpa(q, k, v, mask, self.scale)
+
+    def each_head(self, x: Tensor, W: Tensor) -> Tensor:
+        rows = x.transpose(0, 1).flatten(1, 2).contiguous()  # (H, B*T, in)
+        # `matmul` is fast on matrices that lie row by row; W_UK^T lies column by column, and would be slower by a factor.
+        y = matmul(rows, W) if W.stride(-1) == 1 else rows @ W.mT
+        return y.unflatten(1, (len(x), -1)).transpose(0, 1)
+
+
+def attention_on_latents(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """sdpa for one sequence and one key head: q (1, H, T, R + P), k (1, 1, S, R + P), v (1, 1, S, R) -> (1, H, T, R).
+
+    The queries of all heads are rows of two plain matmuls, which read the cache where it lies.
+    """
+    _, H, T, _ = q.shape
+    scores = matmul(q[0].flatten(0, 1), k[0, 0]).view(H, T, -1) * scale
+    if T > 1 or mask.ndim > 2:  # a single query of the causal rule sees all
+        scores = scores.masked_fill(~(mask if mask.ndim == 2 else mask[0]), -torch.inf)
+    weights = scores.float().softmax(-1).to(q.dtype).flatten(0, 1)  # (H T, S)
+    return matmul(weights, v[0, 0].mT).view(1, H, T, -1)
+
+
+# Part of the lesson -> its faster twin, with the same parameters.
+FASTER = {Linear: FastLinear, Attention: FusedAttention, Experts: FastExperts}
+
+
+def count_parts(config: Config) -> dict[str, int]:
+    """What the model is built of, each with a tensor of its own or more: a damaged number shows in too few tensors."""
+    sparse = config.is_sparse(config.num_hidden_layers - 1)
+    return {"layers": config.num_hidden_layers, "experts": config.n_routed_experts if sparse else 0}
+
+
+def count_experts(config: Config) -> tuple[int, int]:
+    """(Experts that a token uses, experts of a layer)."""
+    return config.num_experts_per_tok, config.n_routed_experts

@@ -1,0 +1,169 @@
+"""Loading with the engine: faster parts for those of the lesson, more formats, and a sentence for what does not fit.
+
+    read_checkpoint     config and files, each corrected by the other
+    prepare             swap parts, then give each its tensors: on the CPU they stay in the mapped file
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..config import Config
+from ..layers import Linear
+from ..model import Model
+from .architecture import FASTER, KEPT_IN_FLOAT32, correct, count_parts, stack_experts
+from .fields import DTYPES, plain
+from .quantized import FORMATS, FP8, QuantizedLinear
+from .safetensors_reader import CheckpointFiles, is_copy
+from .supported import check_tensor_names
+
+
+def read_checkpoint(directory: str | Path, every: int = 997) -> tuple[Config, CheckpointFiles]:
+    """The config and the files, each corrected by the other.
+
+    A tied head may be stored once more: a copy is dropped, another one is the head, as in transformers.
+    `every` 1 compares all rows, as loading does; 997 every 997th, for what is asked before.
+    """
+    config, files, notes = Config.from_checkpoint(directory), CheckpointFiles(directory), []
+    check_tensor_names(files.directory, files.tensors)
+    parts = count_parts(config)
+    if max(parts.values()) > len(files.tensors):  # a damaged number, and all of them would be built before one is missed
+        asked = " and ".join(f"{count} {what}" for what, count in parts.items())
+        raise ValueError(f"{files.directory}: config.json asks for {asked}, the files hold {len(files.tensors)} tensors")
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_word_embeddings and head in files.tensors and embedding not in files.tensors:
+        files.tensors[embedding] = files.tensors.pop(head)  # stored once, under the other name
+    if config.tie_word_embeddings and head in files.tensors:
+        if is_copy(files, head, embedding, every):
+            del files.tensors[head]
+        else:
+            config = replace(config, tie_word_embeddings=False)
+            notes.append("config.json ties the head to the embedding, but the files hold another lm_head.weight: "
+                         "that one is used")
+    config = correct(config, files)
+    if config.quantization == "fp8":
+        scales = sorted({name.rpartition(".")[2] for name in files.passed_over if name.endswith("_scale")})
+        notes.append("FP8 weights: activations and cache stay in a wider type here than the checkpoint's scheme asks for"
+                     + (f" ({', '.join(scales)} not used)" if scales else ""))
+    return replace(config, notes=(*config.notes, *notes)), files
+
+
+def compute_dtype(config: Config, files: CheckpointFiles, dtype: torch.dtype | str | None) -> torch.dtype:
+    """One type for activations, norms and cache, decided once: asked for, or the config's, or the embedding's."""
+    dtype = DTYPES.get(dtype, dtype) or config.dtype
+    if dtype is None:
+        stored = files.tensors.get("model.embed_tokens.weight") or files.tensors.get("lm_head.weight")
+        dtype = stored.dtype if stored else None
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+    return dtype
+
+
+def prepare(model: Model, files: CheckpointFiles, device: str | torch.device, dtype: torch.dtype | str | None,
+            progress: Callable[[int, int], None] | None = None) -> Model:
+    """The model of the lesson, built on the meta device, with the engine's parts in it and the files' tensors in those.
+
+    dtype None keeps the checkpoint's own; quantised weights then stay as they are and are dequantised as they are
+    used, while a dtype expands them once.
+    """
+    device, compute = torch.device(device), compute_dtype(model.config, files, dtype)
+    for module in model.modules():
+        module.__class__ = FASTER.get(type(module), type(module))
+    formats = find_formats(model, files)
+    shapes = check_names_and_shapes(model, files, formats)
+    stack_experts(model, files, device, dtype, compute)
+    done = 0
+
+    def read(name: str) -> Tensor:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, len(shapes))
+        return files.read(name).view(shapes[name]).to(device)
+
+    for name, module in list(model.named_modules()):
+        if name in formats:
+            make, leaves = formats[name]
+            tensors = {leaf: read(f"{name}.{leaf}") for leaf in leaves}
+            if dtype is None:
+                tensors = {leaf: place(module, leaf, tensor) for leaf, tensor in tensors.items()}
+                model.set_submodule(name, make(model.config, **tensors))
+            else:
+                place(module, "weight", make(model.config, **tensors).matrix(compute))
+        else:
+            for leaf in list(module._parameters):
+                if (whole := f"{name}.{leaf}") in shapes:
+                    place(module, leaf, read(whole).to(torch.float32 if leaf in KEPT_IN_FLOAT32 else compute))
+    return finish(model, device)
+
+
+def finish(model: Model, device: torch.device) -> Model:
+    """What no file holds: the tied head is the embedding, and RoPE's frequencies lie on the device."""
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    rope = model.model.rotary_emb
+    rope.frequencies = rope.frequencies.to(device)
+    return model.eval()
+
+
+def place(module: nn.Module, leaf: str, tensor: Tensor) -> Tensor:
+    """Make a tensor the module's parameter; or, where that has a place in a stack of experts, copy it there."""
+    own = getattr(module, leaf, None)
+    if own is None or own.is_meta:
+        trained = own is not None and own.requires_grad and tensor.itemsize > 1
+        setattr(module, leaf, nn.Parameter(tensor, requires_grad=trained))
+    else:
+        own.data.copy_(tensor)
+    return getattr(module, leaf).data
+
+
+def find_formats(model: Model, files: CheckpointFiles) -> dict[str, tuple[type[QuantizedLinear], dict]]:
+    """Linear's name -> (the class that takes its stored tensors, their shapes), for those that are quantised."""
+    found = {}
+    for name, module in model.named_modules():
+        for make in FORMATS if isinstance(module, Linear) else ():
+            if leaves := make.stored(files, name, tuple(module.weight.shape), model.config):
+                found[name] = make, leaves
+    return found
+
+
+def check_names_and_shapes(model: Model, files: CheckpointFiles, formats: dict | None = None) -> dict[str, tuple]:
+    """What to load: name -> shape. Each parameter has its tensor, each tensor its parameter, of one shape; or ValueError."""
+    formats = find_formats(model, files) if formats is None else formats
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, (_, leaves) in formats.items():
+        del expected[f"{name}.weight"]
+        expected |= {f"{name}.{leaf}": shape for leaf, shape in leaves.items()}
+    found = set(files.tensors)
+    for wrong, what in ((expected.keys() - found, "missing from the checkpoint"),
+                        (found - expected.keys(), "in the checkpoint, but the config has no place for it")):
+        if wrong:
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise ValueError(f"{files.directory}: {plain(min(wrong))}{more} is {what}")
+    for name, shape in expected.items():
+        stored = files.tensors[name]
+        reshaped = name.endswith("_scale_inv") and math.prod(stored.shape) == math.prod(shape)
+        if stored.shape != shape and not reshaped:
+            raise ValueError(f"{stored.path}: {name} has shape {stored.shape}, the config asks for {shape}")
+        if stored.dtype == FP8 and name.rpartition(".")[0] not in formats:
+            raise ValueError(f"{stored.path}: {name} is FP8, and only the weights of linear layers can be")
+    return expected
+
+
+def check_plain(model: Model, files: CheckpointFiles, dtype: torch.dtype | str | None) -> torch.dtype:
+    """The type in which the lesson's own loading makes all weights; ValueError for what only the engine can load."""
+    if find_formats(model, files):
+        raise ValueError(f"{files.directory}: its weights are quantised, which only the engine reads; leave out --plain "
+                         "(or engine=False)")
+    check_names_and_shapes(model, files, {})
+    embedding = "model.embed_tokens.weight"
+    with safe_open(files.tensors[embedding].path, framework="pt") as file:
+        if embedding not in file.keys():
+            raise ValueError(f"{files.directory}: stores the embedding as lm_head.weight, which only the engine reads; "
+                             "leave out --plain (or engine=False)")
+    return compute_dtype(model.config, files, dtype)

@@ -1,0 +1,78 @@
+"""How many bytes weights and cache take, and whether they fit: from config and headers, before anything is loaded."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..config import Config
+from ..layers import KVCache
+from ..model import Layer, Model
+from .architecture import KEPT_IN_FLOAT32, count_experts
+from .memory import free_memory, gigabytes
+from .prepare import compute_dtype, read_checkpoint
+from .quantized import FP8
+from .safetensors_reader import CheckpointFiles
+
+
+def bytes_in_memory(directory: str | Path, dtype: torch.dtype | str | None = None, active: bool = False) -> int:
+    """What the weights will take, computed from the headers alone; `active` counts only experts that a token uses."""
+    return count_bytes(*read_checkpoint(directory), dtype, active)
+
+
+def count_bytes(config: Config, files: CheckpointFiles, dtype: torch.dtype | str | None, active: bool) -> int:
+    compute, dense, experts = compute_dtype(config, files, dtype), 0, 0
+    for name, (_, shape, stored, *_) in files.tensors.items():
+        is_scale = name.endswith("_scale_inv")
+        if is_scale and dtype is not None:
+            continue  # multiplied in
+        as_stored = name.endswith(KEPT_IN_FLOAT32) or dtype is None and (stored == FP8 or is_scale)
+        size = math.prod(shape) * (stored if as_stored else compute).itemsize
+        dense, experts = (dense, experts + size) if ".experts." in name else (dense + size, experts)
+    used, every = count_experts(config)
+    return dense + (experts * used // every if active else experts)
+
+
+def bytes_per_token(model: Model) -> int:
+    """What one new token reads: all weights; of the experts those that it is routed to; of an untied embedding a row."""
+    total = experts = 0
+    drafts = f"model.layers.{model.config.num_hidden_layers}."  # a draft layer has no part in a plain step
+    for name, parameter in model.named_parameters():
+        if not name.startswith(drafts):
+            total += parameter.nbytes
+            experts += parameter.nbytes if ".experts." in name else 0
+    used, every = count_experts(model.config)
+    total -= experts - experts * used // every
+    return total if model.config.tie_word_embeddings else total - model.model.embed_tokens.weight.nbytes
+
+
+def cache_bytes_per_token(config: Config, dtype: torch.dtype) -> int:
+    """What the cache keeps of a token in all layers, as a layer says it."""
+    with torch.device("meta"):
+        attention = Layer(config, 0).self_attn
+    cache = KVCache([attention], 1, dtype, "meta")
+    return config.num_hidden_layers * sum(tensor.nbytes for tensor in cache.tensors)
+
+
+def check_memory(directory: str | Path, device: torch.device, dtype: str | None, tokens: int, cache: int) -> str:
+    """How large the weights are, in words; ValueError if they and a cache of `cache` bytes do not fit on the device.
+
+    On the CPU, weights that need no conversion stay in the file. Of experts, only what a single token reads must fit.
+    """
+    config, files = read_checkpoint(directory)
+    weights, free = count_bytes(config, files, dtype, active=False), free_memory(device)
+    compute, (used, every) = compute_dtype(config, files, dtype), count_experts(config)
+    stored = {tensor.dtype for name, tensor in files.tensors.items()
+              if not name.endswith(("_scale_inv", *KEPT_IN_FLOAT32))}
+    stay_in_file = device.type == "cpu" and stored <= {compute, FP8 if dtype is None else compute}
+    needed = count_bytes(config, files, dtype, active=stay_in_file)
+    if free is not None and weights + cache > free >= needed + cache:
+        return f"{gigabytes(weights)} (more than the {gigabytes(free)} free: experts come from the disk when routed to)"
+    if free is not None and needed + cache > free:
+        advice = "choose a smaller checkpoint, another device or a smaller -n" if used == every else (
+            "choose a smaller checkpoint or -n, or `-d cpu` without --dtype, where experts stay in the file until they "
+            "are wanted")
+        raise ValueError(f"{Path(directory).name} needs {gigabytes(needed)} for weights and {gigabytes(cache)} for the "
+                         f"cache of {tokens:,} tokens, but {device} has {gigabytes(free)} free; {advice}")
+    return gigabytes(weights)
