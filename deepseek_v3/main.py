@@ -47,10 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
     config, _ = read_checkpoint(folder)
     tokenizer = Tokenizer.from_checkpoint(folder, **chat_format(arguments))
     conversation = Conversation(arguments, folder, config, tokenizer)
-    if arguments.speculative and not config.num_nextn_predict_layers:
-        why = f"a layer that predicts a second token, which cannot be used ({config.no_drafts})" if config.no_drafts else (
-            "no layer that predicts a second token")
-        raise ValueError(f"{conversation.name} has {why}; leave out --speculative")
+    if arguments.speculative:
+        check_drafting(config, arguments.compile)
     question = find_question(arguments)
     prompt_ids = conversation.prompt_ids([{"role": "user", "content": DEFAULT_PROMPT if question is None else question}])
     for text in (*notes, *(f"note: {text}" for text in conversation.notes())):
