@@ -131,11 +131,11 @@ class KVCache:
         row 1       · · · x y →          padding[1] = 3
     """
 
-    def __init__(self, layers: Sequence[nn.Module], capacity: int, dtype: torch.dtype,
+    def __init__(self, attentions: Sequence[nn.Module], capacity: int, dtype: torch.dtype,
                  device: torch.device | str = "cpu", padding: list[int] | None = None):
-        L, B = len(layers), len(padding or [0])
+        L, B = len(attentions), len(padding or [0])
         self.tensors = [torch.empty(L, B, heads, capacity, size, dtype=dtype, device=device)
-                        for heads, size in layers[0].cached]
+                        for heads, size in attentions[0].cached]
         self.padding = torch.tensor(padding, device=device)[:, None] if padding and any(padding) else None  # (B, 1)
         self.length = 0  # slots in use; the model moves it on when all layers have written
         self.drafts: KVCache | None = None  # that of the draft layer, see speculative.py

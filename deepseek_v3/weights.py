@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .engine.prepare import check_plain, finish, prepare, read_checkpoint
+from .engine.prepare import check_plain, prepare, read_checkpoint
 from .engine.sizes import bytes_in_memory, check_memory, free_memory  # noqa: F401 for other programs
 from .model import Model
 
@@ -48,4 +48,5 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
         is_bias = leaf == "e_score_correction_bias"  # float32 whatever the others are, and never trained by gradients
         tensor = files.read(name).to(device, torch.float32 if is_bias else dtype)  # the view itself where nothing changes
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=not is_bias))
-    return finish(model, torch.device(device))
+    model.tie_weights()
+    return model.eval()

@@ -71,7 +71,11 @@ class Model(nn.Module):
         self.config = config
         self.model = Transformer(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        if config.tie_word_embeddings:  # one matrix, read by rows going in and by columns coming out
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Where the config says so, embedding and head are one matrix, read by rows going in, by columns coming out."""
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, token_ids: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from .engine.prepare import check_plain, finish, prepare, read_checkpoint
+from .engine.prepare import check_plain, prepare, read_checkpoint
 from .engine.sizes import bytes_in_memory, check_memory, free_memory  # noqa: F401 for other programs
 from .model import Model
 
@@ -41,4 +41,5 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
     if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict(tensors, strict=True, assign=True)  # assign: the tensor itself becomes the parameter, no copy
-    return finish(model, torch.device(device))
+    model.tie_weights()
+    return model.eval()

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .engine.prepare import check_plain, finish, prepare, read_checkpoint
+from .engine.prepare import check_plain, prepare, read_checkpoint
 from .engine.sizes import bytes_in_memory, check_memory, free_memory  # noqa: F401 for other programs
 from .model import Model
 
@@ -45,4 +45,5 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
         module, _, leaf = name.rpartition(".")
         tensor = files.read(name).to(device, dtype)  # the view itself where type and device are the file's
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
-    return finish(model, torch.device(device))
+    model.tie_weights()
+    return model.eval()

@@ -99,15 +99,9 @@ def prepare(model: Model, files: CheckpointFiles, device: str | torch.device, dt
             for leaf in list(module._parameters):
                 if (whole := f"{name}.{leaf}") in shapes:
                     place(module, leaf, read(whole).to(torch.float32 if leaf in KEPT_IN_FLOAT32 else compute))
-    return finish(model, device)
-
-
-def finish(model: Model, device: torch.device) -> Model:
-    """What no file holds: the tied head is the embedding, and RoPE's frequencies lie on the device."""
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    model.tie_weights()
     rope = model.model.rotary_emb
-    rope.frequencies = rope.frequencies.to(device)
+    rope.frequencies = rope.frequencies.to(device)  # once, and not at each forward
     return model.eval()
 
 
