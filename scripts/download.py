@@ -1,6 +1,6 @@
 """Get a published checkpoint into checkpoints/: bash scripts/download_PACKAGE.sh [NAME].
 
-Also `python -m scripts.download PACKAGE [NAME]`; --help lists the flags. hub.py asks the hub, fetch.py writes files.
+Also `python -m scripts.download PACKAGE [NAME]`; --help lists the flags. The requests are in hub/.
 HF_ENDPOINT chooses another hub, HF_TOKEN is sent along. Run it again after an interruption: it goes on.
 """
 
@@ -17,8 +17,6 @@ from collections import deque
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
-
 CHECKPOINTS = ROOT / "checkpoints"
 OWNERS = {"Qwen3": "Qwen", "DeepSeek": "deepseek-ai", "Moonlight": "moonshotai", "Kimi": "moonshotai", "GLM": "zai-org"}
 KINDS = {"qwen3": "dense Qwen3", "qwen3_moe": "Qwen3-MoE", "deepseek_v3": "checkpoint of DeepSeek-V3's architecture"}
@@ -90,7 +88,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def find(package: str, asked: str) -> str:
     """The published name, or a sentence that says which is meant."""
-    from scripts.hub import Failure
+    from .hub.client import Failure
     owner, _, name = asked.rpartition("/")
     known = {each.lower(): (each, home) for home in GIGABYTES for each in GIGABYTES[home]}
     found, home = known.get(name.lower(), ("", ""))
@@ -178,27 +176,27 @@ class Progress:
 def download(package: str, name: str, revision: str | None, only_tokenizer: bool) -> None:
     from huggingface_hub import constants
 
-    from scripts import fetch, hub
+    from .hub import client, fetch
 
     repository, folder = f"{owner_of(name)}/{name}", CHECKPOINTS / name
     if constants.HF_HUB_OFFLINE:
-        raise hub.Failure(2, "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so nothing is downloaded; unset it"
-                             + hint(hub.cache_of(repository), package, repository))
-    there = hub.Hub(repository, note)
+        raise client.Failure(2, "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so nothing is downloaded; unset it"
+                             + hint(client.cache_of(repository), package, repository))
+    there = client.Hub(repository, note)
     wanted = TOKENIZER if only_tokenizer else NEEDED
     try:
         files = there.files(revision, wanted)
-    except hub.Failure as failure:
-        raise hub.Failure(failure.code, f"{failure}{hint(hub.cache_of(repository), package, repository)}") from None
+    except client.Failure as failure:
+        raise client.Failure(failure.code, f"{failure}{hint(client.cache_of(repository), package, repository)}") from None
     if not only_tokenizer and not any(file.name.endswith(".safetensors") for file in files):
-        raise hub.Failure(1, f"{repository} has no safetensors at {there.endpoint[:80]}")
+        raise client.Failure(1, f"{repository} has no safetensors at {there.endpoint[:80]}")
     if folder.exists() and not folder.is_dir() or folder.is_symlink() and not folder.exists():
         what = "a link to what is not there" if folder.is_symlink() else "a file"
-        raise hub.Failure(2, f"{folder} is {what}, and the checkpoint's folder belongs there; move it away")
+        raise client.Failure(2, f"{folder} is {what}, and the checkpoint's folder belongs there; move it away")
     folder.mkdir(parents=True, exist_ok=True)
     with fetch.alone(folder) as alone:
         if not alone:
-            raise hub.Failure(2, f"{name} is being downloaded already, by another process; wait for it or stop it")
+            raise client.Failure(2, f"{name} is being downloaded already, by another process; wait for it or stop it")
         get(there, folder, files, wanted, package, name)
 
 
@@ -210,7 +208,7 @@ def hint(cache: Path, package: str, repository: str) -> str:
 
 def get(there, folder: Path, files: list, wanted: re.Pattern, package: str, name: str) -> None:
     """Bring `files` into `folder`, config.json last, so that half a checkpoint is not taken for a whole one."""
-    from scripts import fetch, hub
+    from .hub import client, fetch
 
     verified, missing = fetch.Verified(folder), []
     if wanted is TOKENIZER and any(folder.glob("*.safetensors*")):
@@ -230,7 +228,7 @@ def get(there, folder: Path, files: list, wanted: re.Pattern, package: str, name
     job = fetch.Fetch(there, folder, verified, missing)
     free = shutil.disk_usage(folder).free  # of the disk where the folder really is, if it is a link
     if job.needed > free + job.replaced:
-        raise hub.Failure(2, f"{name} needs {in_units(job.needed)} more, and the disk of {folder} has {in_units(free)} "
+        raise client.Failure(2, f"{name} needs {in_units(job.needed)} more, and the disk of {folder} has {in_units(free)} "
                              "free")
     note(f"{there.repository} at {there.commit[:12]}: {len(missing)} of {len(files)} files to get, "
          + in_units(job.to_come) + (f"; {len(job.cached)} are in the Hugging Face cache" if job.cached else ""))
@@ -249,7 +247,7 @@ def get(there, folder: Path, files: list, wanted: re.Pattern, package: str, name
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from scripts.hub import Failure
+    from .hub.client import Failure
     package, sizes = arguments.package, GIGABYTES[arguments.package]
     if arguments.list:
         return print("\n".join(f"{name:28} {size:5.1f} GB" for name, size in sizes.items()), flush=True)

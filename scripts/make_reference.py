@@ -139,7 +139,7 @@ def tiktoken_ids() -> dict:
     from tiktoken._educational import SimpleBytePairEncoding
 
     from deepseek_v3.engine.tiktoken_vocab import PIECES
-    from scripts.tiny_corpus import GLOSSARY_TEXT
+    from scripts.train.corpus import GLOSSARY_TEXT
 
     # Python's regex has no &&; the facts say what means the same.
     pattern = PIECES.replace(r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]", r"(?:(?!\p{Han})[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}])").replace(

@@ -12,7 +12,8 @@ from urllib.parse import parse_qs
 
 from huggingface_hub import constants
 
-from scripts import download, hub
+from scripts import download
+from scripts.hub import client
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -180,7 +181,7 @@ class Place:
                             "HF_HUB_DOWNLOAD_TIMEOUT": 1, "HF_HUB_OFFLINE": False}.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(download, "CHECKPOINTS", root / "checkpoints")
-        monkeypatch.setattr(hub, "WAITS", (0.01,) * 4)
+        monkeypatch.setattr(client, "WAITS", (0.01,) * 4)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)

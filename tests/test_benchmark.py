@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
-from scripts import benchmark, machine, report, shapes
+from scripts.benchmark import __main__ as benchmark, machine, report, shapes
 from tests.packages import PACKAGES, module
 
 ROOT = benchmark.ROOT

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts import download, fetch, hub
+from scripts import download
+from scripts.hub import client, fetch
 from tests.hub import WEIGHTS, Place, random_files
 
 
@@ -39,7 +40,7 @@ def test_trouble_with_the_disk_is_called_so(place, monkeypatch):
         def fails(self, file, part, seen):
             raise OSError(number, os.strerror(number), str(part))
         with monkeypatch.context() as patch:
-            patch.setattr(hub.Hub, "receive", fails)
+            patch.setattr(client.Hub, "receive", fails)
             code, _, err = place.get()
         assert code == 2 and text in err and "network" not in err
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from scripts import fetch
+from scripts.hub import fetch
 from tests.hub import SIZE, WEIGHTS, Cdn, Place, random_files
 
 

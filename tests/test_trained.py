@@ -49,22 +49,22 @@ def test_it_is_small_and_of_the_real_architecture(package):
 
 
 def test_the_corpus_is_as_promised():
-    from scripts import tiny_corpus, tiny_data
+    from scripts.train import corpus as text, data
 
-    words = tiny_corpus.glossary()
+    words = text.glossary()
     assert len(words) >= 120 and len({names[0] for names, _ in words}) == len(words)
-    assert not set(tiny_corpus.TRAIN_PHRASINGS) & set(tiny_corpus.HELD_OUT_PHRASINGS)
-    corpus, rng = tiny_data.Corpus("x", "qwen3"), random.Random(0)
+    assert not set(text.TRAIN_PHRASINGS) & set(text.HELD_OUT_PHRASINGS)
+    corpus, rng = data.Corpus("x", "qwen3"), random.Random(0)
     for _ in range(2000):  # no sum that is asked at the end was ever trained on
         question, _, answer = corpus.draw_sum(rng, thinking=True)
         a, b = (int(number) for number in "".join(c if c.isdigit() else " " for c in question).split())
-        assert a + b == int(answer) and not tiny_data.is_held_out(a, b)
+        assert a + b == int(answer) and not data.is_held_out(a, b)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_accuracy_that_the_readme_claims(package):
-    from scripts.train_tiny import evaluate
+    from scripts.train.__main__ import evaluate
 
     right = evaluate(package, embedded(package))
     assert right["held-out sums, 3 digits, thinking"] >= 0.98

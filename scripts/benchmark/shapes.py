@@ -1,4 +1,4 @@
-"""Random checkpoints of published shapes, for measuring where none is downloaded. Used by benchmark.py."""
+"""Random checkpoints of published shapes, for measuring where none is downloaded."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from qwen3.engine.supported import PACKAGES as MODEL_TYPES  # model_type -> package
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("qwen3", "qwen3_moe", "deepseek_v3")
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from scripts.hub import Failure, File, Hub, Stopped, size_of
+from .client import Failure, File, Hub, Stopped, size_of
 
 AT_ONCE = 4  # files
 RECORD = ".verified.json"

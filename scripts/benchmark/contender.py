@@ -1,6 +1,6 @@
-"""One program under measurement, in a process of its own: python scripts/contender.py '{"who": "ours", …}'
+"""One program under measurement, in a process of its own: python -m scripts.benchmark.contender '{"who": "ours", …}'
 
-benchmark.py starts two of these and asks them in turn. Each line on standard input is a task as JSON, each line on
+The benchmark starts two of these and asks them in turn. Each line on standard input is a task as JSON, each line on
 standard output its result. The first result comes unasked: the first token of a prompt of 32.
 """
 
@@ -12,11 +12,9 @@ import time
 from importlib import import_module
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-
 import torch
 
-from scripts.machine import synchronize
+from .machine import synchronize
 
 
 def anonymous_memory() -> int:
@@ -49,7 +47,7 @@ class Peak:
 class Ours:
     def __init__(self, folder: str, device: str, package: str, without: str | None = None, compiled: bool = False):
         if without:
-            from scripts.tricks import leave_out
+            from .tricks import leave_out
 
             leave_out(without, package)
         self.generate = import_module(f"{package}.generate")

@@ -1,6 +1,6 @@
 """The data that the embedded checkpoints learn from, drawn at random from one seed: conversations, tokenizer, batches.
 
-train_tiny.py trains on it; the words themselves are in tiny_corpus.py.
+The words themselves are in corpus.py.
 """
 
 import random
@@ -13,8 +13,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from deepseek_v3.tokenizer import ASSISTANT, BOS, EOS, USER
 from qwen3.tokenizer import END_THINK, IM_END, IM_START, THINK
-from scripts.tiny_corpus import (DONT_KNOW, NO_SUMS, ONLY_ADD, TRAIN_PHRASINGS, UNKNOWN_QUESTIONS, ask, glossary, small_talk,
-                                 unknown_things)
+
+from .corpus import (DONT_KNOW, NO_SUMS, ONLY_ADD, TRAIN_PHRASINGS, UNKNOWN_QUESTIONS, ask, glossary, small_talk,
+                     unknown_things)
 
 SEED = 20
 VOCABULARY = 1024

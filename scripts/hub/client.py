@@ -1,4 +1,4 @@
-"""What a Hugging Face hub is asked: a list of files, and the bytes of one. Used by fetch.py and download.py."""
+"""What a Hugging Face hub is asked: a list of files, and the bytes of one. fetch.py writes the files."""
 
 import os
 import re

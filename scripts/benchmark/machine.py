@@ -1,4 +1,4 @@
-"""What this machine can do at most, and whether anything else uses it just now. Used by benchmark.py."""
+"""What this machine can do at most, and whether anything else uses it just now."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""What may be left out of a package, to see what it buys. Used by benchmark.py --tricks."""
+"""What may be left out of a package, to see what it buys. For --tricks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Speed of a checkpoint against this machine's limits and, side by side, against a peer.
 
-    uv run python scripts/benchmark.py                                   the default checkpoint of qwen3
-    uv run --group reference python scripts/benchmark.py --shape qwen3-30b-a3b --layers 6 --against transformers
+    uv run python -m scripts.benchmark                                   the default checkpoint of qwen3
+    uv run --group reference python -m scripts.benchmark --shape qwen3-30b-a3b --layers 6 --against transformers
 
 A shape is a published one with random weights, made under checkpoints/random/ when it is first asked for. Ours and the
 peer run in processes of their own, in turn, so that both see the same machine; what was disturbed is measured again.
@@ -19,15 +19,13 @@ from importlib import import_module
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
-
 import torch
 
-from scripts import machine, shapes
-from scripts.report import Work, growth, rates, ratios, table
-from scripts.tricks import TRICKS
+from . import machine, shapes
+from .report import Work, growth, rates, ratios, table
+from .tricks import TRICKS
 
+ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60  # seconds to wait for a quiet machine before measuring all the same
 PREFILL, DECODE = (512, 4096), (32, 4096)
 
@@ -45,10 +43,10 @@ class Contender:
     """A process of contender.py."""
 
     def __init__(self, folder: Path, package: str, arguments: argparse.Namespace, who: str = "ours", **how):
-        how = {"who": who, "folder": str(folder), "package": package, "device": arguments.device, "threads": arguments.threads, **how}
+        how = {"who": who, "folder": str(folder.resolve()), "package": package, "device": arguments.device, "threads": arguments.threads, **how}
         self.name, self.errors, start = who, tempfile.TemporaryFile("w+"), time.perf_counter()
-        self.process = subprocess.Popen([sys.executable, ROOT / "scripts/contender.py", json.dumps(how)], text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
+        self.process = subprocess.Popen([sys.executable, "-m", f"{__package__}.contender", json.dumps(how)], cwd=ROOT,
+                                        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
         self.started = self.answer() | {"seconds": time.perf_counter() - start}
 
     def answer(self) -> dict:

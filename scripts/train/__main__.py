@@ -1,6 +1,6 @@
-"""Trains the embedded checkpoints: uv run python scripts/train_tiny.py qwen3 | qwen3_moe | deepseek_v3
+"""Trains the embedded checkpoints: uv run python -m scripts.train qwen3 | qwen3_moe | deepseek_v3
 
-Real models, a thousandth of the size: they learn the glossary and small talk of tiny_corpus.py and sums of
+Real models, a thousandth of the size: they learn the glossary and small talk of corpus.py and sums of
 numbers up to three digits, answered at once or digit by digit in a think block. Everything is made here, from
 one seed: the conversations, the byte-level BPE, the weights. One sum in ten is never trained on, nor are some
 ways to ask; on those they are measured at the end.
@@ -15,19 +15,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from qwen3.tokenizer import END_THINK, IM_END  # noqa: E402, I001  before torch: see qwen3/__init__.py
+from qwen3.tokenizer import END_THINK, IM_END  # noqa: I001  before torch: see qwen3/__init__.py
 
-import tokenizers  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import tokenizers
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
 
-from scripts.tiny_corpus import DONT_KNOW, HELD_OUT_PHRASINGS, TRAIN_PHRASINGS, ask, glossary, unknown_things  # noqa: E402
-from scripts.tiny_data import (BOS, CONTROL, ENDOFTEXT, EOS, PAD, SEED, SUM_PHRASINGS, TEMPLATES, VOCABULARY, Corpus,  # noqa: E402
-                               batches, examples, is_held_out, train_tokenizer)
+from .corpus import DONT_KNOW, HELD_OUT_PHRASINGS, TRAIN_PHRASINGS, ask, glossary, unknown_things
+from .data import (BOS, CONTROL, ENDOFTEXT, EOS, PAD, SEED, SUM_PHRASINGS, TEMPLATES, VOCABULARY, Corpus,
+                   batches, examples, is_held_out, train_tokenizer)
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = {"qwen3": 2600, "qwen3_moe": 2000, "deepseek_v3": 1900}
 # Of the matrices. DeepSeek-V3, which has no norm on queries and keys, learned more slowly with steps as large as Qwen3's.
 LEARNING_RATE = {"qwen3": 1e-2, "qwen3_moe": 1e-2, "deepseek_v3": 4e-3}

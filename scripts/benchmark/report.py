@@ -1,4 +1,4 @@
-"""What was measured against what was to be expected: bytes, operations, tables. Used by benchmark.py."""
+"""What was measured against what was to be expected: bytes, operations, tables."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -7,7 +7,7 @@ from statistics import median
 
 import torch
 
-from scripts import shapes
+from . import shapes
 
 
 @dataclass(frozen=True)
