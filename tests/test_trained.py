@@ -64,7 +64,7 @@ def test_the_corpus_is_as_promised():
 @pytest.mark.slow
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_accuracy_that_the_readme_claims(package):
-    from scripts.train.__main__ import evaluate
+    from scripts.train.evaluate import evaluate
 
     right = evaluate(package, embedded(package))
     assert right["held-out sums, 3 digits, thinking"] >= 0.98
