@@ -1,7 +1,7 @@
-"""Get a published checkpoint into checkpoints/: bash scripts/download_PACKAGE.sh [NAME].
+"""Download a published checkpoint into checkpoints/: bash scripts/download_PACKAGE.sh [NAME].
 
-Also `python -m scripts.download PACKAGE [NAME]`; --help lists the flags. hub.py asks the hub, fetch.py writes files.
-HF_ENDPOINT chooses another hub, HF_TOKEN is sent along. Run it again after an interruption: it goes on.
+Also `python -m scripts.download PACKAGE [NAME]`; --help lists the flags. The requests are in hub/.
+HF_ENDPOINT chooses another hub, HF_TOKEN is sent along. After an interruption, run it again: it goes on.
 """
 
 import argparse
@@ -17,12 +17,10 @@ from collections import deque
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
-
 CHECKPOINTS = ROOT / "checkpoints"
 OWNERS = {"Qwen3": "Qwen", "DeepSeek": "deepseek-ai", "Moonlight": "moonshotai", "Kimi": "moonshotai", "GLM": "zai-org"}
 KINDS = {"qwen3": "dense Qwen3", "qwen3_moe": "Qwen3-MoE", "deepseek_v3": "checkpoint of DeepSeek-V3's architecture"}
-GIGABYTES = {  # about; the hub says exactly. The first of each is the default.
+GIGABYTES = {  # rounded; the hub gives the exact size. The first name of each package is the default.
     "qwen3": {
         "Qwen3-0.6B": 1.5, "Qwen3-1.7B": 4.1, "Qwen3-4B": 8.0, "Qwen3-8B": 16.4, "Qwen3-14B": 29.5, "Qwen3-32B": 65.5,
         "Qwen3-0.6B-Base": 1.2, "Qwen3-1.7B-Base": 3.4, "Qwen3-4B-Base": 8.0, "Qwen3-8B-Base": 16.4,
@@ -47,7 +45,7 @@ GIGABYTES = {  # about; the hub says exactly. The first of each is the default.
 }
 TOKENIZER = re.compile(r"(tokenizer|tokenizer_config|config)\.json|chat_template\.jinja|tiktoken\.model")
 NEEDED = re.compile(TOKENIZER.pattern + r"|(generation_config|model\.safetensors\.index)\.json|[^/\\]+\.safetensors")
-LARGE = 200  # gigabytes, of which one asks first
+LARGE = 200  # gigabytes; above, --yes is required
 
 
 def note(text: str) -> None:
@@ -55,7 +53,7 @@ def note(text: str) -> None:
         if sys.stderr is not None:
             print(text, file=sys.stderr, flush=True)
     except (OSError, ValueError):
-        pass  # a terminal that has gone; the download goes on
+        pass  # the terminal has been closed; the download goes on
 
 
 def in_units(size: float) -> str:
@@ -74,23 +72,23 @@ class Parser(argparse.ArgumentParser):
 def parse(words: list[str]) -> argparse.Namespace:
     package = words[0] if words and words[0] in KINDS else None
     program = f"bash scripts/download_{package}.sh" if package else "python -m scripts.download"
-    parser = Parser(prog=program, description="Get a published checkpoint.", allow_abbrev=False)
+    parser = Parser(prog=program, description="Download a published checkpoint.", allow_abbrev=False)
     if package is None:
         parser.add_argument("package", choices=KINDS)
     default = f"; default {next(iter(GIGABYTES[package]))}" if package else ""
     parser.add_argument("name", nargs="?", help=f"NAME or OWNER/NAME{default}")
     parser.add_argument("--revision", help="a branch, tag or commit of the checkpoint")
     parser.add_argument("--only-tokenizer", action="store_true", help="a few MB: the tokenizer without the weights")
-    parser.add_argument("--yes", action="store_true", help=f"get it though it has more than {LARGE} GB")
-    parser.add_argument("--list", action="store_true", help="print the names and sizes, and get nothing")
+    parser.add_argument("--yes", action="store_true", help=f"download it even if it has more than {LARGE} GB")
+    parser.add_argument("--list", action="store_true", help="print the names and sizes, download nothing")
     arguments = parser.parse_args(words[1:] if package else words)
     arguments.package = package or arguments.package
     return arguments
 
 
 def find(package: str, asked: str) -> str:
-    """The published name, or a sentence that says which is meant."""
-    from scripts.hub import Failure
+    """The published name; Failure, with the name that is probably meant, if there is none."""
+    from .hub.client import Failure
     owner, _, name = asked.rpartition("/")
     known = {each.lower(): (each, home) for home in GIGABYTES for each in GIGABYTES[home]}
     found, home = known.get(name.lower(), ("", ""))
@@ -113,7 +111,7 @@ def owner_of(name: str) -> str:
 
 
 def memory_note(package: str, gigabytes: float) -> str:
-    """What running it takes, said before it is downloaded."""
+    """The memory that running it takes, to be told before the download."""
     try:
         own = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
@@ -178,27 +176,28 @@ class Progress:
 def download(package: str, name: str, revision: str | None, only_tokenizer: bool) -> None:
     from huggingface_hub import constants
 
-    from scripts import fetch, hub
+    from .hub import fetch
+    from .hub.client import Failure, Hub, cache_of
 
     repository, folder = f"{owner_of(name)}/{name}", CHECKPOINTS / name
     if constants.HF_HUB_OFFLINE:
-        raise hub.Failure(2, "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so nothing is downloaded; unset it"
-                             + hint(hub.cache_of(repository), package, repository))
-    there = hub.Hub(repository, note)
+        raise Failure(2, "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so nothing is downloaded; unset it"
+                      + hint(cache_of(repository), package, repository))
+    there = Hub(repository, note)
     wanted = TOKENIZER if only_tokenizer else NEEDED
     try:
         files = there.files(revision, wanted)
-    except hub.Failure as failure:
-        raise hub.Failure(failure.code, f"{failure}{hint(hub.cache_of(repository), package, repository)}") from None
+    except Failure as failure:
+        raise Failure(failure.code, f"{failure}{hint(cache_of(repository), package, repository)}") from None
     if not only_tokenizer and not any(file.name.endswith(".safetensors") for file in files):
-        raise hub.Failure(1, f"{repository} has no safetensors at {there.endpoint[:80]}")
+        raise Failure(1, f"{repository} has no safetensors at {there.endpoint[:80]}")
     if folder.exists() and not folder.is_dir() or folder.is_symlink() and not folder.exists():
         what = "a link to what is not there" if folder.is_symlink() else "a file"
-        raise hub.Failure(2, f"{folder} is {what}, and the checkpoint's folder belongs there; move it away")
+        raise Failure(2, f"{folder} is {what}, and the checkpoint's folder belongs there; move it away")
     folder.mkdir(parents=True, exist_ok=True)
     with fetch.alone(folder) as alone:
         if not alone:
-            raise hub.Failure(2, f"{name} is being downloaded already, by another process; wait for it or stop it")
+            raise Failure(2, f"{name} is being downloaded already, by another process; wait for it or stop it")
         get(there, folder, files, wanted, package, name)
 
 
@@ -209,12 +208,13 @@ def hint(cache: Path, package: str, repository: str) -> str:
 
 
 def get(there, folder: Path, files: list, wanted: re.Pattern, package: str, name: str) -> None:
-    """Bring `files` into `folder`, config.json last, so that half a checkpoint is not taken for a whole one."""
-    from scripts import fetch, hub
+    """Download `files` into `folder`, config.json last: an unfinished checkpoint must not look complete."""
+    from .hub import fetch
+    from .hub.client import Failure
 
     verified, missing = fetch.Verified(folder), []
     if wanted is TOKENIZER and any(folder.glob("*.safetensors*")):
-        files = [file for file in files if file.name != "config.json"]  # it comes after the weights, which have begun
+        files = [file for file in files if file.name != "config.json"]  # after the weights, which are coming
     for file in files:
         if (folder / file.name).is_file() and not verified.is_known(file):
             note(f"checking {file.name}, which is there")
@@ -222,7 +222,7 @@ def get(there, folder: Path, files: list, wanted: re.Pattern, package: str, name
             missing.append(file)
     last = [file for file in files if file.name == "config.json"]
     if missing and last:
-        if last[0] in missing:  # of another revision, perhaps
+        if last[0] in missing:  # perhaps of another revision
             (folder / "config.json").unlink(missing_ok=True)
         else:
             (folder / "config.json").replace(folder / last[0].part)
@@ -230,8 +230,8 @@ def get(there, folder: Path, files: list, wanted: re.Pattern, package: str, name
     job = fetch.Fetch(there, folder, verified, missing)
     free = shutil.disk_usage(folder).free  # of the disk where the folder really is, if it is a link
     if job.needed > free + job.replaced:
-        raise hub.Failure(2, f"{name} needs {in_units(job.needed)} more, and the disk of {folder} has {in_units(free)} "
-                             "free")
+        raise Failure(2, f"{name} needs {in_units(job.needed)} more, and the disk of {folder} has {in_units(free)} "
+                         "free")
     note(f"{there.repository} at {there.commit[:12]}: {len(missing)} of {len(files)} files to get, "
          + in_units(job.to_come) + (f"; {len(job.cached)} are in the Hugging Face cache" if job.cached else ""))
     if job.to_come and wanted is NEEDED:
@@ -249,7 +249,7 @@ def get(there, folder: Path, files: list, wanted: re.Pattern, package: str, name
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from scripts.hub import Failure
+    from .hub.client import Failure
     package, sizes = arguments.package, GIGABYTES[arguments.package]
     if arguments.list:
         return print("\n".join(f"{name:28} {size:5.1f} GB" for name, size in sizes.items()), flush=True)
@@ -269,13 +269,13 @@ def main(words: list[str]) -> int:
     try:
         run(parse(words))
         return 0
-    except BrokenPipeError:  # whoever reads has left, as `head` does
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         note("\ndownload: stopped; run this again and it goes on")
         return 130
-    except OSError as error:  # the network's errors are others
+    except OSError as error:  # the network's errors are of other types
         what = error.strerror or type(error).__name__
         full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
         cure = "make room, then run this again: it goes on" if full else "see to it, then run this again"

@@ -1,4 +1,4 @@
-"""Writes reference values with transformers: uv run --group reference python scripts/make_reference.py PACKAGE
+"""Write reference values with transformers: uv run --group reference python -m scripts.make_reference PACKAGE
 
 For small random checkpoints of odd shapes, for the embedded checkpoint and for a full shape (Qwen3-0.6B, or two
 layers of Qwen3-30B-A3B or of DeepSeek-V3).
@@ -12,32 +12,53 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-import transformers
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, Qwen2MoeConfig
-from transformers.modeling_layers import MtpLayer
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3RMSNorm, DeepseekV3RotaryEmbedding
-from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
-
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from tests.seeded import CASES, FAR, FULL, LONG_PROMPT, PROMPT, write_case, write_checkpoint  # noqa: E402
+TINY = {"qwen3": "Qwen3-Tiny", "qwen3_moe": "Qwen3-MoE-Tiny", "deepseek_v3": "DeepSeek-V3-Tiny"}
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m scripts.make_reference",
+                                     description="Write reference values with transformers.")
+    parser.add_argument("package", choices=TINY)
+    parser.add_argument("--only", choices=["small", "tiny", "full", "tiktoken"], help="leave the others as they are")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT)]  # also when called as scripts/make_reference.py
+    ARGUMENTS = parse()  # before the imports, which take seconds and a group of their own
+
+try:
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, Qwen2MoeConfig
+    from transformers.modeling_layers import MtpLayer
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as modeling
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"make_reference: {error.name} is missing; start it with: uv run --group reference python -m "
+          "scripts.make_reference", file=sys.stderr)
+    sys.exit(2)
+
+from tests.seeded import CASES, FAR, FULL, LONG_PROMPT, PROMPT, write_case, write_checkpoint
 
 NEW_TOKENS = 16
-# Greedy tokens are worth comparing only as long as the two best logits are further apart than rounding: logits here
-# reach 6, and between 4 and 8 a bfloat16 moves in steps of 0.03.
+# Greedy tokens are compared only while the two best logits are further apart than rounding: logits here reach 6, and
+# between 4 and 8 bfloat16 has steps of 0.03.
 LEAST_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.07}
-TINY = {"qwen3": "Qwen3-Tiny", "qwen3_moe": "Qwen3-MoE-Tiny", "deepseek_v3": "DeepSeek-V3-Tiny"}
 TINY_QUESTIONS = ["What is RoPE?", "What is a router?", "What is 347 + 586?", "Who are you?"]
-TIKTOKEN_TEXTS = ["Hello world", "MLA stores one small latent vector", "  two  spaces\n\n\nand\r\nlines ", "12345 + 678", "你好世界", "中文English混合",
-                  "日本語のテキスト", "it's I'LL don't", "café CAFÉ ÉCOLE", "def f(x):\n    return x", "😀👩‍👩‍👧", "", "a xqzjkvx and xqzjkvxq",
-                  "ǅ ª º ʰ", "한국어", "\t\ttabs", "1234567890"]
+TIKTOKEN_TEXTS = [
+    "Hello world", "MLA stores one small latent vector", "  two  spaces\n\n\nand\r\nlines ", "12345 + 678", "你好世界",
+    "中文English混合", "日本語のテキスト", "it's I'LL don't", "café CAFÉ ÉCOLE", "def f(x):\n    return x", "😀👩‍👩‍👧", "",
+    "a xqzjkvx and xqzjkvxq", "ǅ ª º ʰ", "한국어", "\t\ttabs", "1234567890"]
 
 
 @torch.inference_mode()
 def greedy(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
-    """New tokens up to the first close call; without a cache, the plain definition."""
+    """New tokens up to the first near-tie; without a cache."""
     ids = list(prompt)
     for _ in range(count):
         best = model(torch.tensor([ids]), use_cache=False).logits[0, -1].float().topk(2)
@@ -53,7 +74,7 @@ def load(path: Path, dtype: torch.dtype) -> torch.nn.Module:
     experts = {"experts_implementation": "eager"} if "num_experts" in config or "n_routed_experts" in config else {}
     if not config.get("shared_expert_intermediate_size"):
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **experts)
-    # Its Qwen3-MoE has no shared expert: its attention is put together with the sparse block of its Qwen2-MoE.
+    # transformers' Qwen3-MoE has no shared expert: its attention is joined with the sparse block of its Qwen2-MoE.
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype, **experts)
     block = Qwen2MoeConfig(**{name: config[name] for name in (
         "hidden_size", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
@@ -80,17 +101,20 @@ def stack_experts(tensors: dict[str, torch.Tensor], name: str, E: int) -> None:
 def second_token(path: Path, model: torch.nn.Module, prompt: list[int]) -> torch.Tensor:
     """Logits of the MTP module, put together from transformers' own parts: (T - 1, V)."""
     config, last = model.config, f"model.layers.{model.config.num_hidden_layers}."
-    layer = MtpLayer(config, DeepseekV3DecoderLayer, DeepseekV3RMSNorm, config.num_hidden_layers).to(model.dtype)
+    layer = MtpLayer(config, modeling.DeepseekV3DecoderLayer, modeling.DeepseekV3RMSNorm,
+                     config.num_hidden_layers).to(model.dtype)
     tensors = {name.removeprefix(last): tensor for name, tensor in load_file(path / "model.safetensors").items()
                if name.startswith(last)}
     stack_experts(tensors, "mlp.experts", config.n_routed_experts)
     for name in list(tensors):
         if not name.startswith(("enorm", "hnorm", "eh_proj")):
-            tensors["post_norm.weight" if name == "shared_head.norm.weight" else f"mtp_block.{name}"] = tensors.pop(name)
+            new = "post_norm.weight" if name == "shared_head.norm.weight" else f"mtp_block.{name}"
+            tensors[new] = tensors.pop(name)
     layer.load_state_dict(tensors, strict=True)
     for module in layer.modules():
         if hasattr(module, "e_score_correction_bias"):
-            module.e_score_correction_bias = torch.nn.Buffer(tensors["mtp_block.mlp.gate.e_score_correction_bias"].float())
+            bias = tensors["mtp_block.mlp.gate.e_score_correction_bias"]
+            module.e_score_correction_bias = torch.nn.Buffer(bias.float())
     ids = torch.tensor([prompt])
     hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1]
     embedded, positions = model.model.embed_tokens(ids[:, 1:]), torch.arange(len(prompt) - 1)[None]
@@ -113,7 +137,8 @@ def small_cases(folder: Path, package: str) -> tuple[dict, dict]:
                 tensors[f"{name}.{length}.{short}"] = logits[-len(PROMPT):].clone()
                 entry[f"{length}.{short}"] = greedy(model, prompt, NEW_TOKENS)
                 if json.loads((path / "config.json").read_text()).get("num_nextn_predict_layers"):
-                    tensors[f"{name}.{length}.{short}.second"] = second_token(path, model, prompt)[-len(PROMPT):].clone()
+                    second = second_token(path, model, prompt)
+                    tensors[f"{name}.{length}.{short}.second"] = second[-len(PROMPT):].clone()
     return answers, tensors
 
 
@@ -129,7 +154,7 @@ def rotary() -> dict:
     published = json.loads((ROOT / "tests/deepseek_v3/published_configs.json").read_text())["DeepSeek-V3"]["config"]
     config = DeepseekV3Config(**{name: value for name, value in published.items() if name != "quantization_config"})
     positions = [0, 1, 2, 77, 1000, 4095, 4096, 4097, 20000, 65537, 131071, 163839]
-    cos, sin = DeepseekV3RotaryEmbedding(config)(torch.zeros(1), torch.tensor([positions]))
+    cos, sin = modeling.DeepseekV3RotaryEmbedding(config)(torch.zeros(1), torch.tensor([positions]))
     return {"positions": positions, "cos": cos[0, :, :32].tolist(), "sin": sin[0, :, :32].tolist()}
 
 
@@ -139,11 +164,12 @@ def tiktoken_ids() -> dict:
     from tiktoken._educational import SimpleBytePairEncoding
 
     from deepseek_v3.engine.tiktoken_vocab import PIECES
-    from scripts.tiny_corpus import GLOSSARY_TEXT
+    from scripts.train.corpus import GLOSSARY_TEXT
 
-    # Python's regex has no &&; the facts say what means the same.
-    pattern = PIECES.replace(r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]", r"(?:(?!\p{Han})[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}])").replace(
-        r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]", r"(?:(?!\p{Han})[\p{Ll}\p{Lm}\p{Lo}\p{M}])")
+    # Python's regex has no && in a class; a negative lookahead in front of the class means the same.
+    pattern = PIECES
+    for kinds in (r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"):
+        pattern = pattern.replace(rf"[{kinds}&&[^\p{{Han}}]]", rf"(?:(?!\p{{Han}})[{kinds}])")
     text = GLOSSARY_TEXT + "你好世界，你好。中文English混合 1234567890 it's I'LL café" * 9
     ranks = SimpleBytePairEncoding.train(text, vocab_size=700, pat_str=pattern).mergeable_ranks
     ranks[b" xqzjkvx"] = len(ranks)  # no merges lead to it, and tiktoken takes a piece that is a token whole
@@ -154,12 +180,14 @@ def tiktoken_ids() -> dict:
 
 def tiny(folder: Path) -> dict:
     """The embedded checkpoint: rendered prompts and greedy answers of transformers, by question and mode."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     answers = {}
     for question in TINY_QUESTIONS:
         for thinking in (True, False):
-            text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
-                                                 add_generation_prompt=True, enable_thinking=thinking, thinking=thinking)
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True,
+                enable_thinking=thinking, thinking=thinking)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             out = model.generate(torch.tensor([ids]), max_new_tokens=100, do_sample=False)[0].tolist()
             answers[f"{question} {'thinking' if thinking else 'direct'}"] = {"prompt": ids, "new": out[len(ids):]}
@@ -181,23 +209,21 @@ def full_shape(folder: Path, package: str) -> dict:
             "prompt": prompt, "tokens": tokens, "best": best.indices.tolist(), "logits": best.values.tolist()}
         if package == "deepseek_v3" and dtype == torch.float32:
             with torch.inference_mode():
-                # With the mask given; else it takes a jump in the positions for the start of another text.
-                far = model(torch.tensor([prompt]), position_ids=torch.tensor([FAR]), attention_mask=torch.ones(1, len(FAR)),
-                            use_cache=False).logits[0]
+                # The mask is given: without it, a jump in the positions is taken for the start of another text.
+                far = model(torch.tensor([prompt]), position_ids=torch.tensor([FAR]),
+                            attention_mask=torch.ones(1, len(FAR)), use_cache=False).logits[0]
             answers["far"] = {"prompt": prompt, "logits": far[:, ::64].tolist()}
         del model
     return answers
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write reference values with transformers.")
-    parser.add_argument("package", choices=CASES)
-    parser.add_argument("--only", choices=["small", "tiny", "full", "tiktoken"], help="leave the others as they are")
-    arguments = parser.parse_args()
+def main(arguments: argparse.Namespace) -> None:
     out = ROOT / "tests" / arguments.package / "reference"
     out.mkdir(parents=True, exist_ok=True)
     versions = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
-    wanted = [arguments.only] if arguments.only else ["small", "tiny", "full"] + ["tiktoken"] * (arguments.package == "deepseek_v3")
+    wanted = [arguments.only] if arguments.only else ["small", "tiny", "full"]
+    if arguments.package == "deepseek_v3" and not arguments.only:
+        wanted.append("tiktoken")
     with tempfile.TemporaryDirectory() as name:
         folder, results = Path(name), {}
         if "small" in wanted:
@@ -217,4 +243,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

@@ -12,7 +12,8 @@ from urllib.parse import parse_qs
 
 from huggingface_hub import constants
 
-from scripts import download, hub
+from scripts import download
+from scripts.hub import client
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -21,7 +22,8 @@ def entry(path: Path) -> dict:
     data = path.read_bytes()
     blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     large = {"lfs": {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 134}}
-    return {"rfilename": path.name, "size": len(data), "blobId": blob} | (large if path.suffix == ".safetensors" else {})
+    small = {"rfilename": path.name, "size": len(data), "blobId": blob}
+    return small | (large if path.suffix == ".safetensors" else {})
 
 
 class Server:
@@ -38,7 +40,8 @@ class Server:
                 self.do_GET()
 
             def do_GET(self) -> None:
-                server.log.append((self.command, self.path.partition("?")[0], self.headers.get("Range"), self.headers.get("Authorization")))
+                path = self.path.partition("?")[0]
+                server.log.append((self.command, path, self.headers.get("Range"), self.headers.get("Authorization")))
                 try:
                     server.answer(self)
                 except ConnectionError:
@@ -55,7 +58,8 @@ class Server:
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         raise NotImplementedError
 
-    def send(self, request: BaseHTTPRequestHandler, status: int, data: bytes = b"{}", headers: dict[str, str] | None = None) -> None:
+    def send(self, request: BaseHTTPRequestHandler, status: int, data: bytes = b"{}",
+             headers: dict[str, str] | None = None) -> None:
         request.send_response(status)
         for key, value in ({"Content-Length": str(len(data))} | (headers or {})).items():
             if value:
@@ -176,11 +180,12 @@ class Place:
     def __init__(self, root: Path, published: Path, monkeypatch, capfd):
         self.hub, self.published, self.capfd = Hub(published, "Qwen/Qwen3-0.6B"), published, capfd
         self.folder, self.cache = root / "checkpoints/Qwen3-0.6B", root / "cache"
-        for name, value in {"ENDPOINT": self.hub.url, "HF_HUB_CACHE": str(self.cache), "HF_TOKEN_PATH": str(root / "token"),
-                            "HF_HUB_DOWNLOAD_TIMEOUT": 1, "HF_HUB_OFFLINE": False}.items():
+        settings = {"ENDPOINT": self.hub.url, "HF_HUB_CACHE": str(self.cache), "HF_TOKEN_PATH": str(root / "token"),
+                    "HF_HUB_DOWNLOAD_TIMEOUT": 1, "HF_HUB_OFFLINE": False}
+        for name, value in settings.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(download, "CHECKPOINTS", root / "checkpoints")
-        monkeypatch.setattr(hub, "WAITS", (0.01,) * 4)
+        monkeypatch.setattr(client, "WAITS", (0.01,) * 4)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)

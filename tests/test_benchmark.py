@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
-from scripts import benchmark, machine, report, shapes
+from scripts.benchmark import __main__ as benchmark, machine, measure, report, shapes
 from tests.packages import PACKAGES, module
 
-ROOT = benchmark.ROOT
+ROOT = measure.ROOT
 FOLDERS = {package: ROOT / "checkpoints" / name for package, name in PACKAGES.items()}
 
 
@@ -24,14 +24,15 @@ def test_bytes_are_those_of_the_file(package):
             stored |= {name: math.prod(file.get_slice(name).get_shape()) * 2 for name in file.keys()}
     config = json.loads((FOLDERS[package] / "config.json").read_text())
     layers = config["num_hidden_layers"]
-    copies = [f"model.layers.{layers}.embed_tokens.weight", f"model.layers.{layers}.shared_head.head.weight"]  # not kept twice
+    copies = [f"model.layers.{layers}.{name}.weight" for name in ("embed_tokens", "shared_head.head")]  # not kept twice
     stored = {name: size for name, size in stored.items() if name not in copies}
-    assert work.package == package and work.file_bytes == pytest.approx(sum(stored.values()), rel=1e-3)  # a bias is float32
+    total = sum(stored.values())
+    assert work.package == package and work.file_bytes == pytest.approx(total, rel=1e-3)  # a bias is float32
     experts = sum(size for name, size in stored.items() if ".experts." in name and int(name.split(".")[2]) < layers)
     share = config.get("num_experts_per_tok", 0) / (config.get("num_experts") or config.get("n_routed_experts") or 1)
     drafting = sum(size for name, size in stored.items() if name.startswith(f"model.layers.{layers}."))
     embedding = 0 if config["tie_word_embeddings"] else stored["model.embed_tokens.weight"]
-    assert work.weight_bytes == pytest.approx(sum(stored.values()) - experts * (1 - share) - drafting - embedding, rel=1e-3)
+    assert work.weight_bytes == pytest.approx(total - experts * (1 - share) - drafting - embedding, rel=1e-3)
     values = (config["kv_lora_rank"] + config["qk_rope_head_dim"] if package == "deepseek_v3"
               else 2 * config["num_key_value_heads"] * config["head_dim"])
     assert work.cache_bytes == layers * values * 2
@@ -77,8 +78,9 @@ def test_random_checkpoints_load_and_no_two_rows_are_the_same(tmp_path, package)
 
 def test_ratios_are_taken_round_by_round():
     assert report.ratios([10, 20, 30], [5, 20, 10]) == (2, 1, 3)
-    assert report.rates({"prefill 512": {"ours": [{"seconds": 2.0}]}, "decode 32": {"ours": [{"seconds": 0.1}]}}, "prefill 512", "ours") == [256]
-    assert report.rates({"decode 32": {"ours": [{"seconds": 0.1}]}}, "decode 32", "ours") == [10]
+    results = {"prefill 512": {"ours": [{"seconds": 2.0}]}, "decode 32": {"ours": [{"seconds": 0.1}]}}
+    assert report.rates(results, "prefill 512", "ours") == [256]
+    assert report.rates(results, "decode 32", "ours") == [10]
 
 
 def test_the_table_and_the_plot():
@@ -91,7 +93,8 @@ def test_the_table_and_the_plot():
     lines = {line[:24].strip(): line[24:].split() for line in report.table(work, results, limits, "them")}
     assert lines["… to first token"][-2:] == ["0.25", "(0.25-0.25)"]
     assert lines["prefill 100"][:6] == ["500.0", "tok/s", "1000.0", "tok/s", "50%", "250.0"]
-    assert lines["decode 1000"][:6] == ["2.5", "tok/s", "5.0", "tok/s", "50%", "1.2"] and lines["decode 1000"][-2] == "2.00"
+    assert lines["decode 1000"][:6] == ["2.5", "tok/s", "5.0", "tok/s", "50%", "1.2"]
+    assert lines["decode 1000"][-2] == "2.00"
     two = {"decode 1000": {"ours": [{"seconds": 0.2}]}, "decode 2000": {"ours": [{"seconds": 0.5}]}}
     plot = report.growth(work, two, limits)
     assert "300.0 ms" in plot[2] and "3.00 GB" in plot[2] and plot[2].count("█") > plot[1].count("█")
@@ -108,19 +111,23 @@ def test_without_flags_only_what_the_checkpoint_has_room_for_is_measured(monkeyp
         pass
 
     def compete(folder, work, arguments, rivals, tasks):
-        asked.extend((task["do"], task["context"], task["context"] + task.get("count", -2) + 3 <= work.context_length) for task in tasks)
+        for task in tasks:
+            fits = task["context"] + task.get("count", -2) + 3 <= work.context_length
+            asked.append((task["do"], task["context"], fits))
         raise Stop
 
-    monkeypatch.setattr(benchmark, "compete", compete)
+    monkeypatch.setattr(measure, "compete", compete)
     for flags in ([], ["--plot"]):
         with pytest.raises(Stop):
             benchmark.main(["-m", "Qwen3-Tiny", *flags])
-    assert asked == [(what, n, True) for what, n in (("ids", 32), ("prefill", 512), ("prefill", 2048 // 2), ("decode", 32), ("decode", 1024),
-                                                     ("decode", 512), ("decode", 1024))]
-    monkeypatch.setattr(benchmark, "TRICKS", {name: trick for name, trick in benchmark.TRICKS.items() if trick.context == 4096})
+    assert asked == [(what, n, True) for what, n in (
+        ("ids", 32), ("prefill", 512), ("prefill", 2048 // 2), ("decode", 32), ("decode", 1024),
+        ("decode", 512), ("decode", 1024))]
+    long = {name: trick for name, trick in measure.TRICKS.items() if trick.context == 4096}
+    monkeypatch.setattr(measure, "TRICKS", long)
     with pytest.raises(Stop):
         benchmark.main(["-m", "Qwen3-Tiny", "--tricks"])
-    assert benchmark.shortened(4096, 2029) == 1024
+    assert measure.shortened(4096, 2029) == 1024
 
 
 def test_a_neighbour_is_noticed():
@@ -133,14 +140,20 @@ def test_a_neighbour_is_noticed():
 @pytest.mark.parametrize("arguments, wrong", [
     (["--shape", "nothing"], "known are qwen3-0.6b"), (["--layers", "2"], "--layers cuts a --shape"),
     (["--shape", "qwen3-0.6b", "--layers", "99"], "the shape has 28"), (["-m", "nothing"], "no such file"),
-    (["-m", "Qwen3-Tiny", "--prefill", "2048"], "--prefill 2048: expected 1 to 2047"), (["-m", "Qwen3-Tiny", "--decode", "9", "4096"], "--decode 4096: "),
+    (["-m", "Qwen3-Tiny", "--prefill", "2048"], "--prefill 2048: expected 1 to 2047"),
+    (["-m", "Qwen3-Tiny", "--decode", "9", "4096"], "--decode 4096: "),
     (["--rounds", "0"], "at least one"), (["-m", "Qwen3-Tiny", "--speculative"], "is for deepseek_v3")])
 def test_mistakes_are_one_sentence(monkeypatch, capsys, arguments, wrong):
     monkeypatch.setattr(machine, "read_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(machine, "matrix_rate", lambda device: (1e9, torch.bfloat16))
     assert benchmark.main(arguments) == 2
     error = capsys.readouterr().err
-    assert wrong in error and "Traceback" not in error and error.startswith("benchmark: ")
+    assert wrong in error and "Traceback" not in error and error.startswith("benchmark: ") and len(error) < 300
+
+
+def test_the_published_shapes_are_listed(capsys):
+    assert benchmark.main(["--shape", "list"]) == 0
+    assert capsys.readouterr().out.split() == list(shapes.published())
 
 
 @pytest.mark.slow
@@ -149,7 +162,8 @@ def test_it_runs(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(machine, "matrix_rate", lambda device: (1e9, torch.bfloat16))
     monkeypatch.setattr(machine, "BUSY", 1e9)
     out = tmp_path / "out.json"
-    assert benchmark.main(["-m", "DeepSeek-V3-Tiny", "--rounds", "1", "--prefill", "9", "--decode", "5", "--json", str(out)]) == 0
+    flags = ["--rounds", "1", "--prefill", "9", "--decode", "5", "--json", str(out)]
+    assert benchmark.main(["-m", "DeepSeek-V3-Tiny", *flags]) == 0
     printed = capsys.readouterr().out
     assert "prefill 9" in printed and "decode 5" in printed
     assert json.loads(out.read_text())["results"]["decode 5"]["ours"][0]["seconds"] > 0

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-READMES = [path.relative_to(ROOT) for path in [ROOT / "README.md", *sorted(ROOT.glob("[!.]*/README.md"))]]  # pytest keeps one of its own in .pytest_cache
+# Without folders whose name begins with a dot: pytest keeps a README of its own in .pytest_cache.
+READMES = [path.relative_to(ROOT) for path in [ROOT / "README.md", *sorted(ROOT.glob("[!.]*/README.md"))]]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 
 
@@ -34,7 +35,9 @@ def test_commands_do_what_is_shown_below_them(readme, monkeypatch, capfd):
     for (language, text, _), (below, shown, _) in zip(every, every[1:] + [("", "", 0)]):
         for line in text.splitlines() if language == "bash" else []:
             words = shlex.split(line, comments=True)
-            if words[:4] == ["uv", "run", "python", "-m"] and "checkpoints" not in line and "--chat" not in words and "-m" not in words[5:]:
+            asks_for_more = "checkpoints" in line or "--chat" in words or "-m" in words[5:]
+            is_script = any(word.startswith("scripts.") for word in words)  # looked at below
+            if words[:4] == ["uv", "run", "python", "-m"] and not asks_for_more and not is_script:
                 main = importlib.import_module(words[4]).main
                 # The embedded checkpoint, whatever has been downloaded on this machine.
                 monkeypatch.setattr(importlib.import_module(words[4]), "DEFAULT", "not downloaded")
@@ -46,6 +49,16 @@ def test_commands_do_what_is_shown_below_them(readme, monkeypatch, capfd):
                 assert (ROOT / words[1]).is_file()
             elif words[:3] == ["uv", "run", "python"] and words[3] != "-m":
                 assert (ROOT / words[3]).is_file()
+
+
+@pytest.mark.parametrize("readme", READMES, ids=str)
+def test_scripts_that_are_named_exist(readme):
+    text = (ROOT / readme).read_text()
+    for name in re.findall(r"-m\s+(scripts\.[\w.]*\w)", text):
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
+    for name in re.findall(r"scripts/[\w/.]*\w", text):
+        assert (ROOT / name).exists(), name
 
 
 @pytest.mark.parametrize("readme", READMES, ids=str)

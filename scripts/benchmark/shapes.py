@@ -1,4 +1,4 @@
-"""Random checkpoints of published shapes, for measuring where none is downloaded. Used by benchmark.py."""
+"""Random checkpoints of published shapes, to measure shapes that are not downloaded."""
 
 import json
 import math
@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 
 from qwen3.engine.supported import PACKAGES as MODEL_TYPES  # model_type -> package
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("qwen3", "qwen3_moe", "deepseek_v3")
 
 
 def published() -> dict[str, tuple[str, dict]]:
-    """Name in lower case -> (package, config.json as published); the ones that the tests read."""
+    """Name in lower case -> (package, config.json as published); the files that the tests read."""
     shapes = {}
     for package in PACKAGES:
         for name, entry in json.loads((ROOT / f"tests/{package}/published_configs.json").read_text()).items():
@@ -38,7 +38,8 @@ def package_of(folder: Path) -> str:
     """Which package reads this checkpoint; ValueError or FileNotFoundError if none does."""
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; -m takes a name under checkpoints/ or a folder, --shape a published shape")
+        raise FileNotFoundError(f"{path}: no such file; -m takes a name under checkpoints/ or a folder, "
+                                "--shape a published shape")
     kind = json.loads(path.read_text()).get("model_type")
     package = MODEL_TYPES.get(kind) if isinstance(kind, str) else None
     if package is None:
@@ -47,7 +48,7 @@ def package_of(folder: Path) -> str:
 
 
 def make(package: str, config: dict, folder: Path, progress=lambda done, total: None) -> Path:
-    """Write config.json and random weights (std 0.02), one file per layer; what stands there complete is left."""
+    """Write config.json and random weights (std 0.02), one file per layer; a complete one is left as it is."""
     index = folder / "model.safetensors.index.json"
     if index.exists() and json.loads((folder / "config.json").read_text()) == config:
         return folder
@@ -63,7 +64,7 @@ def make(package: str, config: dict, folder: Path, progress=lambda done, total: 
         part = name.split(".")[2] if name.startswith("model.layers.") else "rest"
         files.setdefault(f"model-{part}.safetensors", {})[name] = parameter
 
-    # Drawing billions of numbers takes minutes; pieces of one pool, each from another place, do as well here.
+    # Drawing billions of numbers takes minutes; slices of one pool, each from its own offset, serve as well.
     pool = torch.empty(1 << 24).normal_(std=0.02, generator=torch.Generator().manual_seed(0)).bfloat16()
     weight_map, total = {}, 0
     for done, (file, parameters) in enumerate(files.items(), start=1):
@@ -73,11 +74,13 @@ def make(package: str, config: dict, folder: Path, progress=lambda done, total: 
                 one = torch.ones(parameter.shape) if "norm" in name else torch.zeros(parameter.shape)
                 tensors[name] = one if "bias" in name else one.bfloat16()
                 continue
-            size, first, period = parameter.numel(), hash_of(name) % (len(pool) // 2), len(pool) // 2 - 1  # odd: no two rows are the same
+            size, first = parameter.numel(), hash_of(name) % (len(pool) // 2)
+            period = len(pool) // 2 - 1  # odd, so that no two rows are the same
             repeats = -(-size // period)
             weight = pool[first:first + period].repeat(repeats)[:size].view(parameter.shape)
             block = numbers.weight_block_size
-            if block and name.startswith("model.layers.") and isinstance(model.get_submodule(name.rpartition(".")[0]), linear):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            if block and name.startswith("model.layers.") and isinstance(owner, linear):
                 tensors[name] = (weight * 1000).to(torch.float8_e4m3fn)
                 tensors[f"{name}_scale_inv"] = torch.full([math.ceil(n / b) for n, b in zip(weight.shape, block)], 1e-3)
             else:

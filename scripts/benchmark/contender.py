@@ -1,7 +1,7 @@
-"""One program under measurement, in a process of its own: python scripts/contender.py '{"who": "ours", …}'
+"""One program under measurement, in a process of its own: python -m scripts.benchmark.contender '{"who": "ours", …}'
 
-benchmark.py starts two of these and asks them in turn. Each line on standard input is a task as JSON, each line on
-standard output its result. The first result comes unasked: the first token of a prompt of 32.
+The benchmark starts two of these and asks them in turn. Each line on standard input is a task as JSON, each line on
+standard output its result. The first result needs no task: the first token of a prompt of 32.
 """
 
 import json
@@ -12,15 +12,13 @@ import time
 from importlib import import_module
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-
 import torch
 
-from scripts.machine import synchronize
+from .machine import synchronize
 
 
 def anonymous_memory() -> int:
-    """Bytes that belong to no file: not those of the mapped weights."""
+    """Bytes that no file backs: the mapped weights are not counted."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
@@ -49,7 +47,7 @@ class Peak:
 class Ours:
     def __init__(self, folder: str, device: str, package: str, without: str | None = None, compiled: bool = False):
         if without:
-            from scripts.tricks import leave_out
+            from .tricks import leave_out
 
             leave_out(without, package)
         self.generate = import_module(f"{package}.generate")
@@ -61,19 +59,20 @@ class Ours:
         return list(self.generate.generate(self.model, prompt, max_new_tokens=count, **self.flags))
 
     def token_times(self, context: int, count: int) -> list[float]:
-        """Seconds for each of `count` tokens behind `context` others, which are random numbers in the cache."""
+        """Seconds for each of `count` tokens after `context` others, which are random numbers in the cache."""
         cache = self.generate.new_cache(self.model, context + count + 1)
         for tensor in vars(cache).values():
             if isinstance(tensor, torch.Tensor):
                 tensor.normal_(generator=torch.Generator(self.device).manual_seed(0))
         cache.length, times, last = context, [], time.perf_counter()
-        for _ in self.generate.generate(self.model, [1] * (context + 1), max_new_tokens=count, cache=cache, **self.flags):
+        for _ in self.generate.generate(self.model, [1] * (context + 1), max_new_tokens=count, cache=cache,
+                                        **self.flags):
             times.append(time.perf_counter() - last)
             last = time.perf_counter()
         return times
 
     def speculation(self, context: int, count: int) -> dict:
-        """Tokens a second plainly and with drafts, and how many tokens a step of the main model gave."""
+        """Tokens a second without drafts and with them, and how many tokens a step of the main model gave."""
         prompt = torch.randint(self.vocabulary, (context,), generator=torch.Generator().manual_seed(1)).tolist()
         acceptance, seconds = sys.modules["deepseek_v3.speculative"].Acceptance(), {}
         for name, flags in (("plain", {}), ("drafting", {"speculative": True, "acceptance": acceptance})):
@@ -93,7 +92,8 @@ class Transformers:
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         config = transformers.AutoConfig.from_pretrained(folder)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype or torch.bfloat16).to(device).eval()
+        dtype = config.dtype or torch.bfloat16
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
         self.vocabulary, self.device = self.model.config.vocab_size, torch.device(device)
 
     @torch.inference_mode()
@@ -129,7 +129,8 @@ def median(times: list[float]) -> float:
 
 
 def work(program, task: dict) -> dict:
-    prompt = torch.randint(program.vocabulary, (task["context"] or 1,), generator=torch.Generator().manual_seed(0)).tolist()
+    seeded = torch.Generator().manual_seed(0)
+    prompt = torch.randint(program.vocabulary, (task["context"] or 1,), generator=seeded).tolist()
     if task["do"] == "ids":
         return {"ids": program.ids(prompt, task["count"])}
     if task["do"] == "prefill":
@@ -142,7 +143,7 @@ def work(program, task: dict) -> dict:
                 times.append(time.perf_counter() - start)
         return {"seconds": median(times), "anonymous": peak.most}
     if task["do"] == "decode":
-        # The first step lets the buffers find their place and may compile.
+        # Without the first two steps, which allocate buffers and may compile.
         return {"seconds": median(program.token_times(task["context"], task["count"] + 2)[2:])}
     return program.speculation(task["context"], task["count"])
 

@@ -1,6 +1,6 @@
 """The data that the embedded checkpoints learn from, drawn at random from one seed: conversations, tokenizer, batches.
 
-train_tiny.py trains on it; the words themselves are in tiny_corpus.py.
+The words themselves are in corpus.py.
 """
 
 import random
@@ -13,22 +13,23 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from deepseek_v3.tokenizer import ASSISTANT, BOS, EOS, USER
 from qwen3.tokenizer import END_THINK, IM_END, IM_START, THINK
-from scripts.tiny_corpus import (DONT_KNOW, NO_SUMS, ONLY_ADD, TRAIN_PHRASINGS, UNKNOWN_QUESTIONS, ask, glossary, small_talk,
-                                 unknown_things)
+
+from .configs import VOCABULARY
+from .corpus import (DONT_KNOW, NO_SUMS, ONLY_ADD, TRAIN_PHRASINGS, UNKNOWN_QUESTIONS, ask, glossary, small_talk,
+                     unknown_things)
 
 SEED = 20
-VOCABULARY = 1024
 ENDOFTEXT, PAD = "<|endoftext|>", "<\uff5c\u2581pad\u2581\uff5c>"
-# package -> its control tokens; the first fills up batches, and no conversation contains it
-CONTROL = {"qwen3": (ENDOFTEXT, IM_START, IM_END, THINK, END_THINK)}
-CONTROL |= {"qwen3_moe": CONTROL["qwen3"], "deepseek_v3": (PAD, BOS, EOS, USER, ASSISTANT, THINK, END_THINK)}
+# package -> its special tokens; the first one pads batches, and no conversation contains it
+SPECIAL = {"qwen3": (ENDOFTEXT, IM_START, IM_END, THINK, END_THINK)}
+SPECIAL |= {"qwen3_moe": SPECIAL["qwen3"], "deepseek_v3": (PAD, BOS, EOS, USER, ASSISTANT, THINK, END_THINK)}
 BATCH, TOKENS = 96, 9600  # rows at most, and tokens at most, of one batch
 
-# As Qwen3's own: contractions, words with a leading space, digits one by one, punctuation, white space.
+# Like Qwen3's own pattern: contractions, words with a leading space, digits one by one, punctuation, white space.
 PIECES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
-# Other programs render conversations with this; it says what the published template says of plain turns.
+# For other programs. For plain turns these render the same text as the published templates.
 QWEN3_TEMPLATE = """\
 {%- set ns = namespace(question=-1) %}
 {%- for message in messages %}{% if message.role == 'user' %}{% set ns.question = loop.index0 %}{% endif %}{% endfor %}
@@ -60,7 +61,8 @@ QWEN3_TEMPLATE = """\
 DEEPSEEK_TEMPLATE = """\
 {{- '<bos>' }}
 {%- set ns = namespace(system=[]) %}
-{%- for message in messages %}{% if message.role == 'system' %}{% set ns.system = ns.system + [message.content] %}{% endif %}{% endfor %}
+{%- for message in messages %}{% if message.role == 'system' %}\
+{% set ns.system = ns.system + [message.content] %}{% endif %}{% endfor %}
 {{- ns.system | join('\\n\\n') }}
 {%- for message in messages %}
     {%- if message.role == 'user' %}
@@ -83,7 +85,7 @@ SYSTEM_PROMPTS = ["You are a helpful assistant.", "You are a teacher.", "Answer 
 
 
 def is_held_out(a: int, b: int) -> bool:
-    """One pair in ten, spread evenly and without a state that could get lost."""
+    """One pair in ten, spread evenly; a function of the pair alone, so that training and evaluation agree."""
     return (a * 7919 + b * 104729) // 10 % 10 == 3
 
 
@@ -99,7 +101,10 @@ def carry_through(a: int, b: int) -> str:
 
 
 class Corpus:
-    """Draws (question, thought, answer) at random; sums without thinking mostly of one or two digits, which it can learn."""
+    """Draws (question, thought, answer) at random.
+
+    Sums without thinking are mostly of one or two digits: those a model of this size can learn.
+    """
 
     def __init__(self, name: str, package: str):
         self.glossary, self.talk = glossary(), small_talk(name, package)
@@ -137,7 +142,7 @@ class Corpus:
 
 
 def train_tokenizer(corpus: Corpus, package: str) -> tokenizers.Tokenizer:
-    """Byte-level BPE on the corpus: Qwen3's normaliser and pieces, the package's control tokens, a small vocabulary."""
+    """Byte-level BPE on the corpus: Qwen3's normaliser and pieces, the package's special tokens, a small vocabulary."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -145,19 +150,19 @@ def train_tokenizer(corpus: Corpus, package: str) -> tokenizers.Tokenizer:
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
-    control = [AddedToken(text, special=text not in (THINK, END_THINK, USER, ASSISTANT), normalized=False)
-               for text in CONTROL[package]]
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - len(control), show_progress=False,
+    special = [AddedToken(text, special=text not in (THINK, END_THINK, USER, ASSISTANT), normalized=False)
+               for text in SPECIAL[package]]
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - len(special), show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     rng = random.Random(SEED)
     text = ("\n".join(corpus.draw(rng, thinking=True)) for _ in range(20000))
     tokenizer.train_from_iterator(text, trainer)
-    tokenizer.add_tokens(control)  # behind the vocabulary, as in the published files
+    tokenizer.add_tokens(special)  # after the vocabulary, as in the published files
     return tokenizer
 
 
 def examples(corpus: Corpus, chat: ModuleType, library: tokenizers.Tokenizer) -> Iterator[tuple[list[int], list[int]]]:
-    """(prompt ids, answer ids) without end: both modes, some with a system prompt or earlier turns.
+    """(prompt ids, answer ids), endlessly: both modes, some with a system prompt or earlier turns.
 
     `chat` is the package's module `tokenizer`.
     """
@@ -176,18 +181,18 @@ def examples(corpus: Corpus, chat: ModuleType, library: tokenizers.Tokenizer) ->
         thinking = rng.random() < 0.4
         question, thought, answer = corpus.draw(rng, thinking)
         messages.append({"role": "user", "content": question})
-        # Qwen3 opens its think block itself; DeepSeek's prompt has done so.
+        # Qwen3 opens its think block itself; for DeepSeek the prompt has opened it.
         opening = [think, f"\n{thought}\n", end_think, "\n\n"] if qwen3 else [thought, end_think]
         yield tokenizer.chat(messages, thinking), tokenizer.join([*(opening if thinking else []), answer, end])
 
 
 def batches(stream: Iterator[tuple[list[int], list[int]]], padding: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(token ids (B, T), targets (B, T), -100 where nothing is to be learned); rows of like length together."""
+    """(token ids (B, T), targets (B, T), -100 where there is no target); rows of similar length together."""
     rng = random.Random(SEED)
     while True:
         rows = sorted((next(stream) for _ in range(16 * BATCH)), key=lambda row: len(row[0]) + len(row[1]))
         groups = []
-        while rows:  # from the longest
+        while rows:  # the longest first
             fit = min(BATCH, TOKENS // (len(rows[-1][0]) + len(rows[-1][1])))
             groups.append(rows[-fit:])
             del rows[-fit:]

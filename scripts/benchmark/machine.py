@@ -1,4 +1,4 @@
-"""What this machine can do at most, and whether anything else uses it just now. Used by benchmark.py."""
+"""What this machine can do at most, and whether anything else uses it just now."""
 
 import os
 import time
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-BUSY = 0.12  # cores that others may use; two threads beside one busy neighbour are slower by a factor, not by a part
+BUSY = 0.12  # cores that others may use; one busy neighbour slows two threads by a factor, not by a fraction
 
 
 def synchronize(device: torch.device) -> None:
@@ -35,9 +35,9 @@ def read_bandwidth(device: torch.device) -> float:
 
 
 def matrix_rate(device: torch.device) -> tuple[float, torch.dtype]:
-    """Operations a second (a multiplication and an addition are two) of the best of a few matrix products, and its type.
+    """Operations a second (a multiply-add is two) of the fastest of a few matmuls, and its dtype.
 
-    bfloat16, as a rule; on a processor that has no instructions for it float32 is faster.
+    Usually bfloat16; on a processor without instructions for it float32 is faster.
     """
     best = 0.0, torch.bfloat16
     for dtype in (torch.bfloat16, torch.float32):

@@ -1,4 +1,4 @@
-"""What was measured against what was to be expected: bytes, operations, tables. Used by benchmark.py."""
+"""What was measured against what arithmetic expects: bytes, operations, tables."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -7,7 +7,7 @@ from statistics import median
 
 import torch
 
-from scripts import shapes
+from . import shapes
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def table(work: Work, results: dict, limits: dict, peer: str | None) -> list[str
             n = int(context[0])
             limit = (n * limits["operations"] / work.operations_of_a_prompt(n) if what == "prefill"
                      else limits["bytes"] / work.bytes_of_a_token(n))
-            line(label, rates(results, label, "ours"), rates(results, label, peer) if peer else None, "{:.1f} tok/s", limit)
+            theirs = rates(results, label, peer) if peer else None
+            line(label, rates(results, label, "ours"), theirs, "{:.1f} tok/s", limit)
             if what == "prefill":
                 line("  memory beside the file", *both(label, "anonymous", 1e9), "{:.2f} GB")
     return lines
@@ -94,15 +95,16 @@ def table(work: Work, results: dict, limits: dict, peer: str | None) -> list[str
 
 def growth(work: Work, results: dict, limits: dict) -> list[str]:
     """What a token costs by context, as a table and a plot: time against the bytes that it reads."""
-    times = {int(label.split()[1]): 1000 * median([one["seconds"] for one in every["ours"]]) for label, every in results.items()
-             if label.startswith("decode")}
+    times = {int(label.split()[1]): 1000 * median([one["seconds"] for one in every["ours"]])
+             for label, every in results.items() if label.startswith("decode")}
     first = min(times)
     lines = ["context     ms/token   bytes/token   if only the bytes of the cache were added"]
     scale = 48 / max(times.values())
     for context, ms in times.items():
-        expected = times[first] + 1000 * (work.bytes_of_a_token(context) - work.bytes_of_a_token(first)) / limits["bytes"]
+        size = work.bytes_of_a_token(context)
+        expected = times[first] + 1000 * (size - work.bytes_of_a_token(first)) / limits["bytes"]
         bar = "█" * round(ms * scale)
         at = round(expected * scale)
         bar = bar.ljust(at) [:at] + "│" + bar[at + 1:]
-        lines.append(f"{context:>7}{ms:>13.1f}{work.bytes_of_a_token(context) / 1e9:>11.2f} GB{expected:>8.1f} ms  {bar}")
+        lines.append(f"{context:>7}{ms:>13.1f}{size / 1e9:>11.2f} GB{expected:>8.1f} ms  {bar}")
     return lines

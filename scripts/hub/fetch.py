@@ -1,4 +1,4 @@
-"""Files of a hub into a folder: several at once, going on after an interruption, whole or not there.
+"""Download files of a hub into a folder: several in parallel, resumed after an interruption, complete or absent.
 
 A file arrives as NAME.HASH.part. It gets its own name when its size and its hash are those that the hub gives.
 """
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from scripts.hub import Failure, File, Hub, Stopped, size_of
+from .client import Failure, File, Hub, Stopped, size_of
 
 AT_ONCE = 4  # files
 RECORD = ".verified.json"
@@ -53,7 +53,7 @@ def alone(folder: Path) -> Iterator[bool]:
 
 
 class Verified:
-    """The hashes of files that were read before, so that 60 GB are not read again. Another size or time: read again."""
+    """Hashes of files that were checked before, so that 60 GB are not read again unless size or time has changed."""
 
     def __init__(self, folder: Path):
         self.folder, self.lock, self.known = folder, threading.Lock(), {}
@@ -89,7 +89,7 @@ class Verified:
 
 
 class Fetch:
-    """Files of a hub into a folder, AT_ONCE of them at a time.
+    """Downloads files of a hub into a folder, AT_ONCE of them at a time.
 
     done: bytes that are there, by name. to_come: bytes that the network brings. needed: bytes of disk that they and
     copies out of the cache take; replaced: what wrong files under the same names give back.
@@ -172,7 +172,7 @@ class Fetch:
         except BaseException:
             self.hub.stop.set()
             until = time.monotonic() + 0.5
-            for thread in threads:  # who waits for the network still is a daemon and ends with the program
+            for thread in threads:  # a thread that still waits for the network is a daemon and ends with the program
                 if thread.ident:
                     thread.join(max(until - time.monotonic(), 0))
             raise

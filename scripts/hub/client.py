@@ -1,4 +1,4 @@
-"""What a Hugging Face hub is asked: a list of files, and the bytes of one. Used by fetch.py and download.py."""
+"""Requests to a Hugging Face hub: the list of files, and the bytes of one. fetch.py decides which to ask for."""
 
 import os
 import re
@@ -19,7 +19,7 @@ WAITS = (1, 2, 4, 8, 15, 30, 60, 60)  # seconds before the next try; as long as 
 
 
 class Failure(Exception):
-    """The end of a download, in one sentence. Code 2: the user can mend it; 1: the network or the hub."""
+    """The download cannot go on; one sentence why. Code 2: the user can mend it; 1: the network or the hub."""
 
     def __init__(self, code: int, text: str):
         super().__init__(text)
@@ -27,7 +27,7 @@ class Failure(Exception):
 
 
 class Trouble(Exception):
-    """What another try may mend, `wait` seconds later if the hub says so; `tries`: at most so many more."""
+    """An error that another try may mend, after `wait` seconds if the hub says so and at most `tries` times."""
 
     def __init__(self, text: str, wait: float = 0, tries: int = len(WAITS)):
         super().__init__(text)
@@ -104,7 +104,7 @@ class Hub:
         return sorted(self.patiently("", ask), key=lambda file: file.size)
 
     def refusal(self, response: httpx.Response, revision: str | None = None) -> Exception:
-        """What an answer of the hub itself means that is not the file."""
+        """What it means if the hub itself answers with something else than the file."""
         status, code = response.status_code, response.headers.get("X-Error-Code")
         if code == "GatedRepo":
             return Failure(2, f"{self.repository} wants you to accept its terms; do so on its page and set HF_TOKEN")
@@ -124,7 +124,7 @@ class Hub:
         return Failure(1, f"{self.endpoint[:80]} answered {status} for {self.repository}")
 
     def patiently(self, name: str, action: Callable, progress: Callable[[], int] = lambda: 0):
-        """Try until it succeeds. WAITS is how often without progress: a server that always breaks off has an end."""
+        """Try until it succeeds, at most len(WAITS) times without progress: a server may always break off."""
         best, tries = progress(), 0
         while True:
             try:
@@ -153,14 +153,14 @@ class Hub:
     def trouble(self, error: Exception) -> Trouble:
         text = str(error) or type(error).__name__
         if "CERTIFICATE_VERIFY_FAILED" in text:
-            raise Failure(1, f"the certificate of {self.endpoint[:80]} is not trusted; behind a proxy that has its "
-                             "own, set SSL_CERT_FILE to it") from None
+            raise Failure(1, f"the certificate of {self.endpoint[:80]} is not trusted; if a proxy has its own, "
+                             "set SSL_CERT_FILE to it") from None
         if isinstance(error, httpx.TimeoutException):
             return Trouble(f"nothing came for {self.timeout} s")
         return Trouble(f"no connection: {text}" if isinstance(error, httpx.ConnectError) else text)
 
     def tell(self) -> None:
-        """Threads leave their notes for the main thread, which has the terminal."""
+        """Print the notes that threads have left: only the main thread writes to the terminal."""
         while self.notes:
             self.note(self.notes.popleft())
 
@@ -179,7 +179,7 @@ class Hub:
         raise Trouble("it redirects without end")
 
     def receive(self, file: File, part: Path, seen: Callable[[int], None]) -> None:
-        """What is missing behind the end of `part`."""
+        """Append to `part` the bytes that it still lacks."""
         start = size_of(part)
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
         with self.open(file.name, headers) as (response, own):

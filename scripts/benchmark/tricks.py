@@ -1,4 +1,4 @@
-"""What may be left out of a package, to see what it buys. Used by benchmark.py --tricks."""
+"""What may be left out of a package, to see what it buys. For --tricks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,7 +41,8 @@ def in_16_bits(package: str) -> None:
 
 
 def heads_apart(package: str) -> None:
-    replace(package, "attend", lambda q, k, v, mask, scale: F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True))
+    replace(package, "attend", lambda q, k, v, mask, scale: F.scaled_dot_product_attention(
+        q, k, v, mask, scale=scale, enable_gqa=True))
 
 
 def written_out(package: str) -> None:

@@ -1,0 +1,1 @@
+"""Speed of a checkpoint against the limits of the machine and, side by side, against transformers."""

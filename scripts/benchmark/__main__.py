@@ -1,0 +1,54 @@
+"""Speed of a checkpoint against this machine's limits and, side by side, against a peer.
+
+    uv run python -m scripts.benchmark            the default checkpoint of qwen3
+    uv run --group reference python -m scripts.benchmark --shape qwen3-30b-a3b --layers 6 --against transformers
+
+A shape is a published config with random weights, written under checkpoints/random/ the first time. Ours and the peer
+run in processes of their own, in turn, so that both see the same machine. A disturbed measurement is repeated.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m scripts.benchmark", description=__doc__.partition("\n")[0],
+                                     allow_abbrev=False)
+    add = parser.add_argument
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("-m", "--model", metavar="NAME_OR_FOLDER", help="a name under checkpoints/ or a folder")
+    which.add_argument("--shape", metavar="NAME", help="a published shape, random weights; `--shape list` names them")
+    add("--layers", type=int, metavar="N", help="only the first N layers of the shape")
+    add("--against", choices=["transformers"], help="measure this as well, in turn (uv run --group reference)")
+    add("-d", "--device", help="default: cuda if there is one, else cpu")
+    add("--threads", type=int, metavar="N", help="default: PyTorch's choice")
+    add("--prefill", type=int, nargs="*", metavar="N", help="prompts of N tokens; default 512 and 4096, if they fit")
+    add("--decode", type=int, nargs="*", metavar="N", help="tokens after N others; default 32 and 4096, if they fit")
+    add("--rounds", type=int, default=3, metavar="N", help="default 3")
+    add("--compile", action="store_true", help="with torch.compile and static shapes")
+    add("--plot", action="store_true", help="what a token costs from a context of 512 to 32768")
+    add("--tricks", action="store_true", help="what each trick buys: ours against ours without it")
+    add("--speculative", action="store_true", help="tokens a second with drafts and without (deepseek_v3)")
+    add("--json", type=Path, metavar="FILE", help="write every single result there")
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> int:
+    arguments = parse(words)
+    try:
+        from .measure import measure  # after parse, so that --help does not wait for torch
+
+        measure(arguments)
+        return 0
+    except (ValueError, OSError, RuntimeError) as error:
+        sentence, *_ = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"benchmark: {sentence[:280]}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

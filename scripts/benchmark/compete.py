@@ -1,0 +1,101 @@
+"""Contenders in processes of their own, measured in turn on a quiet machine."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from . import machine
+from .report import Work
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 60  # seconds to wait for a quiet machine; after that the measurement is taken on a busy one
+
+
+def note(text: str, end: str = "\n") -> None:
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def progress(text: str) -> None:
+    if sys.stderr.isatty():
+        note(f"\r\033[K{text}", end="")
+
+
+class Contender:
+    """A process of contender.py."""
+
+    def __init__(self, folder: Path, package: str, arguments: argparse.Namespace, who: str = "ours", **how):
+        how = {"who": who, "folder": str(folder.resolve()), "package": package, "device": arguments.device,
+               "threads": arguments.threads, **how}
+        self.name, self.errors, start = who, tempfile.TemporaryFile("w+"), time.perf_counter()
+        self.process = subprocess.Popen([sys.executable, "-m", f"{__package__}.contender", json.dumps(how)], cwd=ROOT,
+                                        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
+        self.started = self.answer() | {"seconds": time.perf_counter() - start}
+
+    def answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            self.errors.seek(0)
+            raise ValueError(f"{self.name} ended: {(self.errors.read().strip() or 'no message').splitlines()[-1]}")
+        return json.loads(line)
+
+    def ask(self, **task) -> dict:
+        print(json.dumps(task), file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def undisturbed(measure, processes: list[int]) -> dict:
+    """Repeat `measure` until no other process used the machine meanwhile, five times at most."""
+    for attempt in range(5):
+        quiet = machine.wait_until_quiet(PATIENCE, progress)
+        neighbours = machine.Neighbours(os.getpid(), *processes)
+        result = measure()
+        if quiet and not neighbours.disturb():
+            break
+    else:
+        note("not a quiet machine: a disturbed measurement was kept")
+    return result
+
+
+def compete(folder: Path, work: Work, arguments: argparse.Namespace, rivals: dict[str, dict],
+            tasks: list[dict]) -> dict:
+    """Results by task, then by rival: one for each round. In a round all rivals start anew and do each task in turn.
+
+    If several copies of the weights and the mapped file do not fit in memory, each rival does all its tasks before the
+    next one starts. Otherwise pages of the file would be evicted and read from the disk again, which is slow.
+    """
+    results: dict[str, dict[str, list[dict]]] = {}
+    free = import_module(f"{work.package}.weights").free_memory(torch.device("cpu"))
+    together = free is None or (len(rivals) + 1) * work.file_bytes < free
+    for round_ in range(1, arguments.rounds + 1):
+        for group in [rivals] if together else [{name: how} for name, how in rivals.items()]:
+            running: dict[str, Contender] = {}
+            try:
+                for name, how in group.items():
+                    progress(f"round {round_} of {arguments.rounds}: {name} starts")
+                    machine.wait_until_quiet(PATIENCE, progress)
+                    running[name] = Contender(folder, work.package, arguments, **how)
+                    results.setdefault("start", {}).setdefault(name, []).append(running[name].started)
+                processes = [contender.process.pid for contender in running.values()]
+                for task in tasks:
+                    label = f"{task['do']} {task['context']}"
+                    for name, contender in running.items():
+                        progress(f"round {round_} of {arguments.rounds}: {name}, {label}")
+                        result = undisturbed(lambda: contender.ask(**task), processes)
+                        results.setdefault(label, {}).setdefault(name, []).append(result)
+            finally:
+                for contender in running.values():
+                    contender.stop()
+    progress("")
+    return results

@@ -1,0 +1,140 @@
+"""What is measured: prompts, decode steps, loading; or growth with the context, tricks, drafts. Prints the tables."""
+
+import argparse
+import json
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from . import machine, shapes
+from .compete import PATIENCE, ROOT, compete, progress
+from .report import Work, growth, rates, ratios, table
+from .tricks import TRICKS
+
+PREFILL, DECODE = (512, 4096), (32, 4096)
+
+
+def find(arguments: argparse.Namespace) -> tuple[str, Path]:
+    """(name, folder) of the checkpoint; made if it is a shape."""
+    known = shapes.published()
+    if arguments.shape is not None and arguments.shape.lower() not in known:
+        raise ValueError(f"--shape {arguments.shape[:80]}: no such published shape; known are {next(iter(known))} and "
+                         f"{len(known) - 1} others, which `--shape list` names")
+    if arguments.shape is None:
+        if arguments.layers is not None:
+            raise ValueError("--layers cuts a --shape; a checkpoint is measured as it is")
+        downloaded = (ROOT / "checkpoints/Qwen3-0.6B/config.json").exists()
+        name = arguments.model or ("Qwen3-0.6B" if downloaded else "Qwen3-Tiny")
+        return Path(name).name, Path(name) if Path(name).is_dir() else ROOT / "checkpoints" / name
+    package, config = known[arguments.shape.lower()]
+    config = shapes.cut(config, arguments.layers)
+    name = arguments.shape.lower() + (f"-{arguments.layers}-layers" if arguments.layers else "")
+    if arguments.speculative and package == "deepseek_v3" and not config.get("num_nextn_predict_layers"):
+        config, name = config | {"num_nextn_predict_layers": 1}, f"{name}-drafting"
+    return name, shapes.make(package, config, ROOT / "checkpoints/random" / name,
+                             lambda done, total: progress(f"random weights, file {done} of {total}"))
+
+
+def contexts(flag: str, given: list[int] | None, usual: tuple[int, ...], room: int) -> list[int]:
+    """Defaults that are too long for the checkpoint are halved until they fit; a given number too long is an error."""
+    if given is None:
+        return list(dict.fromkeys(shortened(n, room) for n in usual))
+    if wrong := [n for n in given if not 1 <= n <= room]:
+        raise ValueError(f"{flag} {wrong[0]}: expected 1 to {room} tokens, as the checkpoint's context allows")
+    return given
+
+
+def shortened(n: int, room: int) -> int:
+    while n > max(room, 1):
+        n //= 2
+    return n
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    if arguments.shape == "list":
+        return print("\n".join(shapes.published()))
+    if arguments.rounds < 1:
+        raise ValueError(f"--rounds {arguments.rounds}: at least one is needed")
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name, folder = find(arguments)
+    work = Work.of(folder)
+    if arguments.speculative and work.package != "deepseek_v3":
+        raise ValueError("--speculative is for deepseek_v3, whose MTP module can draft")
+    count = 48 if arguments.device.startswith("cuda") else 16
+    room = work.context_length - count - 3  # tokens before the measured ones; the first measured ones warm up
+    prefill = contexts("--prefill", arguments.prefill, PREFILL, work.context_length - 1)
+    decode = contexts("--decode", arguments.decode, DECODE, room)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    machine.wait_until_quiet(PATIENCE, progress)
+    progress("measuring this machine's limits")
+    rate, dtype = machine.matrix_rate(device)
+    limits = {"bytes": machine.read_bandwidth(device), "operations": rate}
+    progress("")
+    where = (torch.cuda.get_device_name(device) if device.type == "cuda"
+             else f"{machine.processor_name()}, {torch.get_num_threads()} threads")
+    print(f"{name} on {where}, PyTorch {torch.__version__}")
+    print(f"limits: reads {limits['bytes'] / 1e9:.1f} GB/s, multiplies {rate / 1e12:.2f} TFLOP/s in {str(dtype)[6:]}; "
+          f"a token reads {work.weight_bytes / 1e9:.3f} GB of the {work.file_bytes / 1e9:.2f} GB of weights and "
+          f"{work.cache_bytes / 1e3:.1f} kB for each token before it\n")
+    tasks = [{"do": "prefill", "context": n} for n in prefill]
+    tasks += [{"do": "decode", "context": n, "count": count} for n in decode]
+    ours = {"who": "ours", "compiled": arguments.compile}
+    results: dict = {}
+    if arguments.plot:
+        tasks = [{"do": "decode", "context": 512 << i, "count": count} for i in range(7) if 512 << i <= room]
+        results = compete(folder, work, arguments, {"ours": ours}, tasks)
+        print("\n".join(growth(work, results, limits)))
+    elif arguments.tricks:
+        results = tricks(folder, work, arguments, count, room)
+    elif arguments.speculative:
+        results = compete(folder, work, arguments, {"ours": ours}, [{"do": "speculation", "context": 32, "count": 64}])
+        plain, drafting, tokens = (median([one[field] for one in results["speculation 32"]["ours"]])
+                                   for field in ("plain", "drafting", "tokens_per_step"))
+        steps, needed = drafting / tokens, max(0, plain * tokens / drafting - 1)
+        print(f"{plain:.1f} tok/s without drafts, {drafting:.1f} tok/s with them, "
+              f"{tokens:.2f} tokens for a step of the main model\n"
+              f"with drafts {steps:.1f} steps a second: {2 * steps:.1f} tok/s if every draft were accepted, "
+              f"faster than without from {needed:.0%} accepted on")
+    else:
+        peer = {arguments.against: {"who": arguments.against}} if arguments.against else {}
+        ids = {"do": "ids", "context": 32, "count": 8}
+        results = compete(folder, work, arguments, {"ours": ours, **peer}, [ids, *tasks])
+        print("\n".join(table(work, results, limits, arguments.against)))
+        if peer:
+            mine, theirs = (results["ids 32"][who][0]["ids"] for who in ("ours", arguments.against))
+            same = next((i for i, (a, b) in enumerate(zip(mine, theirs)) if a != b), len(mine))
+            print(f"\nthe first {same} of {len(mine)} greedy tokens are the same")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"name": name, "machine": where, "limits": limits, "work": asdict(work),
+                                              "results": results}))
+
+
+def tricks(folder: Path, work: Work, arguments: argparse.Namespace, count: int, room: int) -> dict:
+    """For each trick: ours against ours without it, where it matters most."""
+    print(f"{'trick':49}{'measured':14}{'without':>13}{'with':>13}   ratio (least-most)")
+    names = {"--compile": None} | {name: trick for name, trick in TRICKS.items() if work.package in trick.packages}
+    every: dict[str, dict] = {}
+    if work.package != "qwen3" and arguments.device == "cpu":
+        names.pop("--compile", None)  # needs experts in stacks
+    if arguments.device != "cpu" or not import_module(f"{work.package}.layers").SLOW_IN_16_BITS:
+        names.pop("many rows in float32", None)  # not done here
+    for name, trick in names.items():
+        what, context = (trick.what, shortened(trick.context, room)) if trick else ("decode", 32)
+        rivals = {"ours": {"who": "ours", "compiled": trick is None},
+                  "without": {"who": "ours", "without": name if trick else None}}
+        tasks = [{"do": what, "context": context, "count": count}] if what != "start" else []
+        every[name] = results = compete(folder, work, arguments, rivals, tasks)
+        if tasks:
+            label, form = f"{what} {context}", "{:.1f} tok/s"
+            mine, other = rates(results, label, "ours"), rates(results, label, "without")
+        else:
+            label, form = "first token", "{:.2f} s"
+            mine, other = ([one["first"] for one in results["start"][who]] for who in rivals)
+        print(f"{name:49}{label:14}{form.format(median(other)):>13}{form.format(median(mine)):>13}   "
+              + "{:.2f} ({:.2f}-{:.2f})".format(*ratios(mine, other)), flush=True)
+    return every
