@@ -61,9 +61,8 @@ class Ours:
     def token_times(self, context: int, count: int) -> list[float]:
         """Seconds for each of `count` tokens after `context` others, which are random numbers in the cache."""
         cache = self.generate.new_cache(self.model, context + count + 1)
-        for tensor in vars(cache).values():
-            if isinstance(tensor, torch.Tensor):
-                tensor.normal_(generator=torch.Generator(self.device).manual_seed(0))
+        for tensor in cache.tensors:
+            tensor.normal_(generator=torch.Generator(self.device).manual_seed(0))
         cache.length, times, last = context, [], time.perf_counter()
         for _ in self.generate.generate(self.model, [1] * (context + 1), max_new_tokens=count, cache=cache,
                                         **self.flags):

@@ -121,7 +121,7 @@ def tricks(folder: Path, work: Work, arguments: argparse.Namespace, count: int, 
     every: dict[str, dict] = {}
     if work.package != "qwen3" and arguments.device == "cpu":
         names.pop("--compile", None)  # needs experts in stacks
-    if arguments.device != "cpu" or not import_module(f"{work.package}.layers").SLOW_IN_16_BITS:
+    if arguments.device != "cpu" or not import_module(f"{work.package}.engine.fast").SLOW_IN_16_BITS:
         names.pop("many rows in float32", None)  # not done here
     for name, trick in names.items():
         what, context = (trick.what, shortened(trick.context, room)) if trick else ("decode", 32)

@@ -25,21 +25,21 @@ class Work:
     @staticmethod
     def of(folder: Path) -> "Work":
         package = shapes.package_of(folder)
-        weights, layers = import_module(f"{package}.weights"), import_module(f"{package}.layers")
+        sizes = import_module(f"{package}.engine.sizes")
         config = import_module(f"{package}.config").Config.from_checkpoint(folder)
         files = import_module(f"{package}.engine.safetensors_reader").CheckpointFiles(folder)
         with torch.device("meta"):
-            model = import_module(f"{package}.model").Model(config).to(weights.compute_dtype(config, files, None))
-        stored, expanded = weights.bytes_per_token(model), model.model.norm.weight.dtype.itemsize
+            model = import_module(f"{package}.model").Model(config).to(sizes.compute_dtype(config, files, None))
+        stored, expanded = sizes.bytes_per_token(model), model.model.norm.weight.dtype.itemsize
         if config.quantization:  # a byte for a weight in the matrices of the layers, which are nearly all
-            head = model.lm_head.weight.nbytes if model.lm_head is not None else model.model.embed_tokens.weight.nbytes
+            head = model.lm_head.weight.nbytes
             values, stored = (stored - head) // expanded, head + (stored - head) // expanded
         else:
             values = stored // expanded - config.vocab_size * config.hidden_size
         key, value = ((config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim) if package == "deepseek_v3"
                       else (config.head_dim, config.head_dim))
-        return Work(package, weights.bytes_in_memory(folder), stored,
-                    layers.KVCache.bytes_per_token(config, model.model.norm.weight.dtype), values,
+        return Work(package, sizes.bytes_in_memory(folder), stored,
+                    sizes.cache_bytes_per_token(config, model.model.norm.weight.dtype), values,
                     2 * config.num_hidden_layers * config.num_attention_heads * (key + value), config.context_length)
 
     def bytes_of_a_token(self, context: int) -> int:

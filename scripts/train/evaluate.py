@@ -42,7 +42,7 @@ def evaluate(package: str, folder: Path) -> dict[str, float]:
         """One prompt at a time: padding would be counted as tokens."""
         if package == "qwen3":
             return {}
-        routing = importlib.import_module(f"{package}.routing").Routing(model)
+        routing = importlib.import_module(f"{package}.engine.expert_picture").Routing(model)
         with torch.inference_mode():
             for question, answer in mixed:
                 prompt = tokenizer.chat([{"role": "user", "content": question}], thinking=False)
@@ -58,7 +58,7 @@ def evaluate(package: str, folder: Path) -> dict[str, float]:
             return {}
         shares = {}
         for thinking in (True, False):
-            acceptance = generation.Acceptance()
+            acceptance = importlib.import_module("deepseek_v3.speculative").Acceptance()
             for question, _ in mixed[::4]:
                 prompt = tokenizer.chat([{"role": "user", "content": question}], thinking)
                 list(generation.generate(model, prompt, max_new_tokens=120, stop_ids=stop_ids, speculative=True,

@@ -34,7 +34,7 @@ class Balance:
             router.register_forward_hook(self.add)
 
     def add(self, router: torch.nn.Module, inputs: tuple[torch.Tensor], out: tuple[torch.Tensor, torch.Tensor]) -> None:
-        scores, chosen = router.scores(inputs[0][self.real]), out[1][self.real]
+        scores, chosen = router.logits(inputs[0][self.real]).float().softmax(-1), out[1][self.real]
         share = torch.bincount(chosen.flatten(), minlength=scores.shape[1]) / chosen.numel()
         self.losses.append(scores.shape[1] * (share * scores.mean(0)).sum())
 
@@ -102,13 +102,11 @@ def train(model: torch.nn.Module, stream: Iterator[tuple[torch.Tensor, torch.Ten
         with torch.autocast("cpu", torch.bfloat16):  # matmuls in bfloat16, weights and sums in float32
             # The head is applied only to positions that have a target.
             hidden = model.model(ids)
-            x = hidden[wanted]
-            logits = model.lm_head(x) if model.lm_head is not None else F.linear(x, model.model.embed_tokens.weight)
-            loss = F.cross_entropy(logits, targets[wanted])
+            loss = F.cross_entropy(model.lm_head(hidden[wanted]), targets[wanted])
             second = 0.0
             if predicts_second:
                 ahead = model.model.predict_second(ids[:, 1:], hidden[:, :-1])[wanted[:, 1:]]
-                second = MTP * F.cross_entropy(model.head(ahead), targets[:, 1:][wanted[:, 1:]])
+                second = MTP * F.cross_entropy(model.lm_head(ahead), targets[:, 1:][wanted[:, 1:]])
         model.zero_grad()
         (loss + second + balance.loss()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -128,7 +126,7 @@ def save(model: torch.nn.Module, tokenizer: tokenizers.Tokenizer, package: str, 
     folder.mkdir(parents=True, exist_ok=True)
     config = KINDS[package][1]
     tensors = {name: tensor.detach().to(torch.float32 if name.endswith("_bias") else torch.bfloat16).contiguous()
-               for name, tensor in model.state_dict().items()}
+               for name, tensor in model.named_parameters()}  # a tied head once
     if package == "deepseek_v3":  # as in the release, the MTP module holds copies of the embedding and the head
         last = f"model.layers.{config['num_hidden_layers']}"
         tensors[f"{last}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -155,10 +153,7 @@ def make(package: str, folder: Path, steps: int | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(numbers), encoding="utf-8")
     Config = importlib.import_module(f"{package}.config").Config
-    # Fused attention adds up in another order and would train other weights.
-    attention = importlib.import_module(f"{package}.attention")
-    user = importlib.import_module(f"{package}.mla") if package == "deepseek_v3" else attention
-    user.attend = attention.attention_written_out
+    # The lesson's own code: fused attention adds up in another order and would train other weights.
     model = importlib.import_module(f"{package}.model").Model(Config.from_checkpoint(folder))
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters", file=sys.stderr)
     chat = importlib.import_module(f"{package}.tokenizer")
