@@ -68,5 +68,15 @@ def test_files_that_are_linked_exist(readme):
             assert (ROOT / readme.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("package", ["qwen3", "qwen3_moe", "deepseek_v3"])
+def test_the_table_of_files_has_their_order_and_their_lines(package):
+    table = re.search(r"^\| file \|.*\n\|[-|]+\n((?:\|.*\n)+)", (ROOT / package / "README.md").read_text(), re.M)[1]
+    rows = re.findall(r"^\| `(\w+)\.py` \| .+ \| (\d+) \|$", table, re.M)
+    assert tuple(name for name, _ in rows) == importlib.import_module(package).READING_ORDER
+    for name, said in rows:
+        lines = [line for line in (ROOT / package / f"{name}.py").read_text().splitlines() if line.strip()]
+        assert abs(len(lines) - int(said)) <= 5, f"{package}/README.md: {name}.py has {len(lines)} lines"
+
+
 def test_something_is_tested():
     assert sum(language == "python" for readme in READMES for language, _, _ in blocks(readme)) >= 10
