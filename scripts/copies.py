@@ -30,7 +30,7 @@ EQUAL = {
         "quantized", "safetensors_reader", "supported", "template_reader", "template_shapes", "templates", "terminal",
         "tiktoken_vocab")},
 }
-# Where a package keeps such a file under another name: (package, path) -> its path.
+# Where a package keeps such a file under another name: (package, path) -> its path in that package.
 ELSEWHERE: dict[tuple[str, str], str] = {}
 # Files of the engine that have one name in several packages and differ: path -> why.
 OWN: dict[str, str] = {}
@@ -66,7 +66,7 @@ BEGIN, END = "<!-- begin: scripts.copies --readme writes this diff -->", "<!-- e
 
 def twins() -> list[list[str]]:
     """Paths that are equal byte for byte, in groups."""
-    return [[ELSEWHERE.get((package, path), f"{package}/{path}") for package in packages]
+    return [[f"{package}/{ELSEWHERE.get((package, path), path)}" for package in packages]
             for path, packages in EQUAL.items()]
 
 
