@@ -46,7 +46,7 @@ SPECIAL_CASES = {
     "progress": r"\bprogress\b",
 }
 # … and in what is compared (or matched) with something, these.
-COMPARED = {"a device": r"\bdevice\b", "a type": r"\b(dtype|itemsize)\b|\btorch\.(b?float\d*|half)\b"}
+COMPARED = {"a device": r"(.*\.)?device", "a type": r"(.*\.)?(dtype|itemsize)|torch\.(b?float\d*|half)"}
 # Non-blank lines of the lesson. "About" in the design: 5 % more is allowed.
 SIZES = {"qwen3": 900, "qwen3_moe": 1050, "deepseek_v3": 1350}
 UNTIL_LOGITS = 300  # qwen3's model.py and layers.py: every line that logits need
@@ -106,8 +106,9 @@ def special_cases(source: str) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Compare, ast.Match)):
             compared = [node.left, *node.comparators] if isinstance(node, ast.Compare) else [node.subject]
-            found |= {what for what, pattern in COMPARED.items() for part in compared
-                      if re.search(pattern, ast.unparse(part))}
+            parts = [part for side in compared for part in getattr(side, "elts", [side])]
+            found |= {what for what, pattern in COMPARED.items() for part in parts
+                      if re.fullmatch(pattern, ast.unparse(part))}
     return found
 
 
@@ -198,6 +199,7 @@ def test_a_way_round_the_doors_is_noticed(source, wrong):
     ("y = x if x.device.type == 'cpu' else z", "a device"),
     ("if x.is_cuda: y = 1", "a device"),
     ("if x.device != y.device: y = 1", "a device"),
+    ("if {x.device, y.device} != {z}: y = 1", "a device"),
     ("torch.cuda.synchronize()", "a device"),
     ("if device == 'mps': y = 1", "a device"),
     ("if x.dtype == torch.bfloat16: y = 1", "a type"),
@@ -225,3 +227,4 @@ def f(x):
 """
     assert special_cases(harmless) == set()
     assert special_cases("y = x.to(dtype=torch.float32)") == set()
+    assert special_cases("if torch.rand((), device=x.device) < y: z = 1") == set()
