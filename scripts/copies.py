@@ -24,40 +24,33 @@ QWEN, EXPERTS = ALL[:2], ALL[1:]
 
 # Files that are equal byte for byte: path -> the packages that have it.
 EQUAL = {
-    "tokenizer.py": ALL,
+    "layers.py": QWEN,
+    "generate.py": QWEN,
+    "tokenizer.py": QWEN,
     **{f"engine/{name}.py": ALL for name in (
-        "__init__", "arguments", "chat_formats", "chatml_shapes", "conversation", "fields", "memory", "quantization",
-        "quantized", "safetensors_reader", "supported", "template_reader", "template_shapes", "templates", "terminal",
-        "tiktoken_vocab")},
+        "__init__", "arguments", "batch", "chat_formats", "chatml_shapes", "compiled", "conversation", "fast", "fields",
+        "memory", "prepare", "quantization", "quantized", "requests", "safetensors_reader", "sizes", "supported",
+        "template_expressions", "template_reader", "template_shapes", "templates", "terminal", "tiktoken_vocab",
+        "vocabulary", "yarn")},
 }
 # Where a package keeps such a file under another name: (package, path) -> its path in that package.
-ELSEWHERE: dict[tuple[str, str], str] = {}
+ELSEWHERE = {("deepseek_v3", "engine/yarn.py"): "yarn.py"}  # a lesson there, where it is on
 # Files of the engine that have one name in several packages and differ: path -> why.
-OWN: dict[str, str] = {}
-# Functions, methods and classes of one name that differ: "file.py name" -> why.
+OWN = {"engine/architecture.py": "what the other files of the engine have to know of this package's architecture"}
+# Functions, methods and classes of one name in the lesson that differ: "file.py name" -> why.
 MAY_DIFFER = {
     "config.py Config": "each architecture has fields of its own",
     "config.py Config.from_checkpoint": "each architecture has fields of its own",
     "config.py Config.is_sparse": "which layers have experts is said in other fields",
-    "config.py check_attention": "each architecture has fields of its own",
-    "layers.py KVCache": "latents instead of keys and values",
-    "attention.py attention_fused": "values may be narrower than keys",
+    "layers.py inverse_frequencies": "DeepSeek rotates a part of each head",
     "moe.py Router": "a softmax in one, sigmoids, a bias and groups in the other",
-    "model.py DecoderLayer.__init__": "where the experts come in",
-    "model.py Decoder.__init__": "the layer that predicts a second token",
-    "model.py Decoder.forward": "the layer that predicts a second token shares its inner part",
-    "weights.py load_model": "experts are stacked on a GPU; a bias stays float32",
-    "weights.py bytes_in_memory": "experts are counted apart",
-    "weights.py count_bytes": "a bias stays float32",
-    "weights.py bytes_per_token": "a token reads only its experts",
-    "weights.py check_memory": "experts that nobody needs stay in the file",
-    "weights.py read_checkpoint": "experts are counted, and the layer that predicts a second token may be left out",
-    "compiled.py Slots": "latents instead of keys and values",
-    "compiled.py clear": "latents instead of keys and values",
-    "compiled.py CompiledStep.__init__": "experts must be stacked",
+    "model.py Layer.__init__": "where the experts come in",
+    "model.py Transformer.__init__": "the layer that predicts a second token",
+    "model.py Transformer.forward": "the layer that predicts a second token shares its inner part",
+    "weights.py load_model": "the mapped files are a lesson of the mixture of experts",
     "generate.py generate": "speculative",
     "main.py parse_arguments": "--show-experts, --speculative",
-    "main.py run": "--show-experts",
+    "main.py run": "--show-experts, --speculative",
 }
 # What a package's README shows of its model.py: package -> the package that it is compared to.
 COMPARED = {"qwen3_moe": "qwen3", "deepseek_v3": "qwen3_moe"}

@@ -59,6 +59,7 @@ def test_same_name_same_code(file):
 
 @pytest.mark.parametrize("group", copies.twins(), ids=lambda group: group[-1])
 def test_files_are_equal_byte_for_byte(group):
+    assert [path for path in group if not (ROOT / path).is_file()] == [], "missing"
     assert copies.differing(ROOT, [group]) == [], f"{' and '.join(group)} differ: uv run python -m scripts.copies"
 
 

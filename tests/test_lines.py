@@ -32,7 +32,7 @@ def of(source: str, file: str = "layers") -> str:
     ("assert x\nwarnings.warn('a')\nfields.refuse('a')\ncheck_request(x)\n# why\ncheck_finite(y)", "rrrrrr"),
     ("def check_it(x):\n    \"\"\"y\"\"\"\n    z = x\n    if z:\n        raise A", "rrrrr"),
     # interface
-    ("parser.add_argument('-a',\n                    help='b')\nnote('a')\nif x:\n    print('a')\na.notes.append('b')", "iiiiii"),
+    ("parser.add_argument('-a',\n  help='b')\nnote('a')\nif x:\n    print('a')\na.notes.append('b')", "iiiiii"),
     ("class A:\n    @property\n    def b(self):\n        return self.c[0].shape\n\n    @property\n    def d(self):\n"
      "        return self.c * 2", "tiii.ttt"),
     # speed and variants
