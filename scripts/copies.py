@@ -27,6 +27,8 @@ EQUAL = {
     "layers.py": QWEN,
     "generate.py": QWEN,
     "tokenizer.py": QWEN,
+    "engine/experts.py": EXPERTS,
+    "engine/expert_picture.py": EXPERTS,
     **{f"engine/{name}.py": ALL for name in (
         "__init__", "arguments", "batch", "chat_formats", "chatml_shapes", "compiled", "conversation", "fast", "fields",
         "memory", "prepare", "quantization", "quantized", "requests", "safetensors_reader", "sizes", "supported",

@@ -38,6 +38,7 @@ DOORS = {
         "arguments": {"Parser", "find_checkpoint", "find_question"},
         "conversation": {"Conversation", "chat", "chat_format"},
         "prepare": {"read_checkpoint"},
+        "expert_picture": {"Routing"},
     },
 }
 # What a file of the lesson may import of the others: data flows one way, main -> generate -> model -> layers.
