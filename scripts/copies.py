@@ -30,10 +30,10 @@ EQUAL = {
     "engine/experts.py": EXPERTS,
     "engine/expert_picture.py": EXPERTS,
     **{f"engine/{name}.py": ALL for name in (
-        "__init__", "arguments", "batch", "chat_formats", "chatml_shapes", "compiled", "conversation", "fast", "fields",
-        "memory", "prepare", "quantization", "quantized", "requests", "safetensors_reader", "sizes", "supported",
-        "template_expressions", "template_reader", "template_shapes", "templates", "terminal", "tiktoken_vocab",
-        "vocabulary", "yarn")},
+        "__init__", "architectures", "arguments", "batch", "chat_formats", "chatml_shapes", "compiled", "conversation",
+        "fast", "fields", "generation_fields", "memory", "prepare", "quantization", "quantized", "requests",
+        "rope_fields", "safetensors_reader", "sizes", "supported", "template_expressions", "template_reader",
+        "template_shapes", "templates", "terminal", "tiktoken_vocab", "vocabulary", "yarn")},
 }
 # Where a package keeps such a file under another name: (package, path) -> its path in that package.
 ELSEWHERE = {("deepseek_v3", "engine/yarn.py"): "yarn.py"}  # a lesson there, where it is on
@@ -44,7 +44,10 @@ MAY_DIFFER = {
     "config.py Config": "each architecture has fields of its own",
     "config.py Config.from_checkpoint": "each architecture has fields of its own",
     "config.py Config.is_sparse": "which layers have experts is said in other fields",
-    "layers.py inverse_frequencies": "DeepSeek rotates a part of each head",
+    "layers.py KVCache.__init__": "the draft layer has a cache of its own",
+    "layers.py KVCache.truncate": "the draft layer has a cache of its own",
+    "tokenizer.py Tokenizer.chat": "each family's own chat format",
+    "generate.py new_cache": "the draft layer has a cache of its own",
     "moe.py Router": "a softmax in one, sigmoids, a bias and groups in the other",
     "model.py Layer.__init__": "where the experts come in",
     "model.py Transformer.__init__": "the layer that predicts a second token",

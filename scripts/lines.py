@@ -11,7 +11,7 @@ statement for which a rule speaks; a line for which none does is counted as teac
     robustness   `raise` and `assert`; a block that ends in `raise`, with the `if`, `else`, `for` or `except` above it;
                  calls of `warn…`, `refuse…` and `check_…`, and functions of these names
     interface    parsing of arguments (`add_argument`), notes to the user (`note`, `print`, `notes.append`), properties
-                 that hand out a value without computing, what NAMED lists, and all of main.py that it does not list
+                 that hand out a value without computing, what NAMED lists, and all of main.py
     variants     what only some checkpoints need: an `if` that asks for a name in ASKED, and what NAMED lists
     speed        what only makes it faster: the same, and an `if` that looks at a device, a type or a compiler
     loading      reading of files that is not what its file is about: NAMED
@@ -19,7 +19,7 @@ statement for which a rule speaks; a line for which none does is counted as teac
 
 An `if` is meant with its block; `a if b else c` with all of its statement. Docstrings and comments have the kind of the
 code that they belong to: a docstring that of its function or class, a comment line that of the code below it. A file's
-own docstring teaches. The column "prose" says how many of the lines that teach are docstrings and comments.
+own docstring teaches, except that of main.py. The column "prose" says how many of the lines that teach are docstrings and comments.
 """
 
 import argparse
@@ -50,9 +50,6 @@ NAMED: dict[str, dict[str, str]] = {
     "loading": {
         "config.Config.from_checkpoint": "field by field from two JSON files",
         "tokenizer.Tokenizer.from_checkpoint": "finds and opens the vocabulary's file",
-    },
-    "teach": {
-        "main.run": "how the parts are put together, from a question to an answer",
     },
 }
 # An `if` that asks for one of these names is of a kind: name -> (kind, why).
@@ -182,8 +179,6 @@ def kinds(source: str, file: str) -> dict[int, str]:
             paint(node.lineno, node.lineno, "robustness")  # `try:` itself; what it tries keeps its kind
 
     walk(ast.parse(source).body, "interface" if file == "main" else "teach", file)
-    if (docstring := ast.parse(source).body[:1]) and ast.get_docstring(ast.parse(source)) is not None:
-        paint(docstring[0].lineno, docstring[0].end_lineno, "teach")
     below = "teach"
     for number in range(len(lines), 0, -1):
         if lines[number - 1].lstrip().startswith("#"):

@@ -52,7 +52,7 @@ def test_what_is_named_has_its_kind_with_all_that_is_in_it():
               "        if not x:\n            raise A\n        return cls(x)")
     assert of(config, "config") == "tti.llrrl" and of(config, "layers") == "ttt.ttrrt"
     main = "import a\n\nB = 1\n\n\ndef run(x):\n    # why\n    y = x\n    note('a')\n\n\ndef main():\n    run(B)"
-    assert of(main, "main") == "h.i..ttti..ii"
+    assert of(main, "main") == "h.i..iiii..ii"
 
 
 def test_every_line_that_is_not_blank_has_one_kind():

@@ -18,19 +18,22 @@ DOORS = {
         "requests": {"check_request", "check_cache", "check_finite"},  # refuses what cannot be done
         "batch": {"generate_batch"},  # the same loop for several prompts, offered by name
         "compiled": {"CompiledStep"},  # the decode step by torch.compile, offered by name
+        "drafts": {"check_drafting"},  # refuses speculative decoding where it cannot be
     },
+    "speculative": {"requests": {"check_finite"}},
     "tokenizer": {  # formats of other families, fine-tunes and older files
-        "chat_formats": {"END_THINK", "FORMATS", "IM_END", "IM_START", "THINK", "Format", "Special", "check_messages",
-                         "find_ends", "find_format", "last_question", "render", "split_reasoning"},
+        "chat_formats": {"ASSISTANT", "BOS", "END_THINK", "EOS", "FORMATS", "IM_END", "IM_START", "THINK", "USER",
+                         "Format", "Special", "check_messages", "find_ends", "find_format", "last_question", "render",
+                         "split_reasoning"},
         "templates": {"choose_format"},
         "vocabulary": {"open_vocabulary", "take_apart", "with_words"},
     },
     "config": {  # the refusals, and the types of fields
         "supported": {"read_supported"},
-        "fields": {"DTYPES", "read_json"},
+        "fields": {"DTYPES"},
     },
     "weights": {
-        "prepare": {"read_checkpoint", "prepare", "check_plain", "finish"},  # swaps parts for faster or smaller ones
+        "prepare": {"read_checkpoint", "prepare", "check_plain"},  # swaps parts for faster or smaller ones
         "sizes": {"bytes_in_memory", "check_memory", "free_memory"},  # passed on to other programs
     },
     "main": {  # device, memory, the terminal
@@ -39,6 +42,7 @@ DOORS = {
         "conversation": {"Conversation", "chat", "chat_format"},
         "prepare": {"read_checkpoint"},
         "expert_picture": {"Routing"},
+        "drafts": {"check_drafting"},
     },
 }
 # What a file of the lesson may import of the others: data flows one way, main -> generate -> model -> layers.
