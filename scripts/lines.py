@@ -19,7 +19,8 @@ statement for which a rule speaks; a line for which none does is counted as teac
 
 An `if` is meant with its block; `a if b else c` with all of its statement. Docstrings and comments have the kind of the
 code that they belong to: a docstring that of its function or class, a comment line that of the code below it. A file's
-own docstring teaches, except that of main.py. The column "prose" says how many of the lines that teach are docstrings and comments.
+own docstring teaches, except that of main.py. The column "prose" says how many of the lines that teach are docstrings
+and comments.
 """
 
 import argparse
