@@ -61,7 +61,7 @@ def inverse_frequencies(config: Config) -> tuple[Tensor, float]:
     N = config.head_dim
     # On the CPU even if the model is built on the meta device: these numbers stand in no checkpoint.
     period = config.rope_theta ** (torch.arange(0, N, 2, dtype=torch.float32, device="cpu") / N)  # tokens per radian
-    if config.rope_scaling:  # stretched to longer contexts, off in every published checkpoint
+    if config.rope_scaling:  # stretched to longer contexts; Qwen's own checkpoints do not ask for it
         return yarn(period, config.rope_theta, config.rope_scaling)
     return 1 / period, 1.0
 

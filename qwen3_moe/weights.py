@@ -9,7 +9,7 @@ and may drop it again when memory is short. A tensor can lie directly on these a
 
 So a model of any size starts immediately, and an expert that no token is routed to is never read: a mixture of experts
 larger than memory runs, as fast as the disk brings the experts that it wants. Of Qwen3-30B-A3B's 61 GB a token
-reads 6.7 GB. Another type or device costs one conversion per tensor.
+reads 6.1 GB. Another type or device costs one conversion per tensor.
 
 The views are made in engine/safetensors_reader.py: the method `read`, and above it what a file may not contain.
 """
