@@ -13,7 +13,7 @@ FILES = ["config.py", "tokenizer.py", "layers.py", "attention.py", "moe.py", "mo
 # Files of the engine that are one file, byte for byte, wherever they stand.
 EQUAL = ["tokenizer.py", "engine/__init__.py", "engine/arguments.py", "engine/chat_formats.py", "engine/chatml_shapes.py", "engine/conversation.py",
          "engine/fields.py", "engine/memory.py", "engine/quantization.py", "engine/quantized.py", "engine/safetensors_reader.py", "engine/supported.py",
-         "engine/template_reader.py", "engine/template_shapes.py", "engine/templates.py", "engine/terminal.py", "engine/tiktoken_vocab.py"]
+         "engine/template_expressions.py", "engine/template_reader.py", "engine/template_shapes.py", "engine/templates.py", "engine/terminal.py", "engine/tiktoken_vocab.py"]
 # What differs by nature, with the reason: {"file.py name": why}
 MAY_DIFFER = {
     "config.py Config": "each architecture has fields of its own",
