@@ -20,8 +20,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def entry(path: Path) -> dict:
     data = path.read_bytes()
     blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-    large = {"lfs": {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 134}}
-    return {"rfilename": path.name, "size": len(data), "blobId": blob} | (large if path.suffix == ".safetensors" else {})
+    out = {"rfilename": path.name, "size": len(data), "blobId": blob}
+    if path.suffix == ".safetensors":
+        out["lfs"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 134}
+    return out
 
 
 class Server:
@@ -38,7 +40,8 @@ class Server:
                 self.do_GET()
 
             def do_GET(self) -> None:
-                server.log.append((self.command, self.path.partition("?")[0], self.headers.get("Range"), self.headers.get("Authorization")))
+                path, headers = self.path.partition("?")[0], self.headers
+                server.log.append((self.command, path, headers.get("Range"), headers.get("Authorization")))
                 try:
                     server.answer(self)
                 except ConnectionError:
@@ -55,7 +58,8 @@ class Server:
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         raise NotImplementedError
 
-    def send(self, request: BaseHTTPRequestHandler, status: int, data: bytes = b"{}", headers: dict[str, str] | None = None) -> None:
+    def send(self, request: BaseHTTPRequestHandler, status: int, data: bytes = b"{}",
+             headers: dict[str, str] | None = None) -> None:
         request.send_response(status)
         for key, value in ({"Content-Length": str(len(data))} | (headers or {})).items():
             if value:
@@ -75,7 +79,7 @@ class Hub(Server):
     token: what must be sent along. damage: files of which the first N transfers have a byte changed. api, transfers:
     answers (status, headers) that come first. stall_after, break_after: bytes after which a transfer stands still or
     is cut. speed: bytes a second. ranges: "no" ignores them, "wrong" sends another part, "416" refuses them.
-    extra: bytes behind the end. cdn: a second server to which files are redirected, at signed addresses.
+    extra: bytes after the end. cdn: a second server to which files are redirected, at signed addresses.
     """
 
     def __init__(self, folder: Path, repository: str):
@@ -176,8 +180,8 @@ class Place:
     def __init__(self, root: Path, published: Path, monkeypatch, capfd):
         self.hub, self.published, self.capfd = Hub(published, "Qwen/Qwen3-0.6B"), published, capfd
         self.folder, self.cache = root / "checkpoints/Qwen3-0.6B", root / "cache"
-        for name, value in {"ENDPOINT": self.hub.url, "HF_HUB_CACHE": str(self.cache), "HF_TOKEN_PATH": str(root / "token"),
-                            "HF_HUB_DOWNLOAD_TIMEOUT": 1, "HF_HUB_OFFLINE": False}.items():
+        for name, value in {"ENDPOINT": self.hub.url, "HF_HUB_CACHE": str(self.cache), "HF_HUB_DOWNLOAD_TIMEOUT": 1,
+                            "HF_TOKEN_PATH": str(root / "token"), "HF_HUB_OFFLINE": False}.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(download, "CHECKPOINTS", root / "checkpoints")
         monkeypatch.setattr(hub, "WAITS", (0.01,) * 4)

@@ -54,15 +54,16 @@ class Clone:
         self.folder = root / "checkpoints" / self.name
         shutil.copytree(ROOT / "scripts", root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
         (root / "bin").mkdir()
-        (root / "bin/uv").write_text(f'#!/bin/sh\n[ "$1 $2 $3 $4" = "run --project {root} python" ] || exit 99\nshift 4\nexec "{sys.executable}" "$@"\n')
+        (root / "bin/uv").write_text(f'#!/bin/sh\n[ "$1 $2 $3 $4" = "run --project {root} python" ] || exit 99\n'
+                                     f'shift 4\nexec "{sys.executable}" "$@"\n')
         (root / "bin/uv").chmod(0o755)
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | {
-            "PATH": f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}", "HF_ENDPOINT": self.hub.url, "HF_HOME": str(root / "home"),
-            "NO_PROXY": "127.0.0.1"}
+            "PATH": f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}", "HF_ENDPOINT": self.hub.url,
+            "HF_HOME": str(root / "home"), "NO_PROXY": "127.0.0.1"}
 
     def start(self, *arguments: str, shell: str = "sh", folder: Path = ROOT) -> subprocess.Popen:
-        return subprocess.Popen([shell, str(self.script), *arguments], env=self.environment, cwd=folder, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True, start_new_session=True,
+        return subprocess.Popen([shell, str(self.script), *arguments], env=self.environment, cwd=folder, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
                                 # A shell that runs tests in the background has it ignored, and it is inherited.
                                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
 
@@ -88,10 +89,12 @@ def test_a_whole_download_is_loaded_and_run(tmp_path, published_each, package):
     assert code == 0, err
     assert out == f"uv run python -m {package}.main -m {clone.name}\n"
     assert "setting up first" in err and "running it takes about" in err
-    assert sorted(os.listdir(clone.folder)) == sorted({".verified.json", *os.listdir(published)} - {"README.md", "pytorch_model.bin"})
+    wanted = {".verified.json", *os.listdir(published)} - {"README.md", "pytorch_model.bin"}
+    assert set(os.listdir(clone.folder)) == wanted
     assert all(COMMIT in path for _, path, *_ in clone.hub.log if "/resolve/" in path)
     load_model, generate = module(package, "weights").load_model, module(package, "generate").generate
-    prompt = module(package, "tokenizer").Tokenizer.from_checkpoint(clone.folder).chat([{"role": "user", "content": "Hello!"}])
+    tokenizer = module(package, "tokenizer").Tokenizer.from_checkpoint(clone.folder)
+    prompt = tokenizer.chat([{"role": "user", "content": "Hello!"}])
     model, same = load_model(clone.folder), load_model(published)
     assert list(generate(model, prompt, max_new_tokens=3)) == list(generate(same, prompt, max_new_tokens=3))
     clone.hub.close()
@@ -111,8 +114,12 @@ def test_ctrl_c_in_the_middle_and_the_second_time_only_the_rest_is_sent(clone, p
     clone.hub.stall_after = 50_000
     process = clone.start()
     assert clone.hub.stalled.wait(60)
+
+    def has_begun() -> bool:
+        return any(part.stat().st_size for part in clone.folder.glob("*.safetensors.*.part"))
+
     deadline = time.monotonic() + 30  # sent is not yet written
-    while not any(part.stat().st_size for part in clone.folder.glob("*.safetensors.*.part")) and time.monotonic() < deadline:
+    while not has_begun() and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -124,13 +131,14 @@ def test_ctrl_c_in_the_middle_and_the_second_time_only_the_rest_is_sent(clone, p
     assert clone.run()[0] == 0
     (wanted,) = [wanted for _, path, wanted, _ in clone.hub.log if path.endswith("model.safetensors")]
     assert int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) >= 10_000
-    assert (clone.folder / "model.safetensors").read_bytes() == (published_each["qwen3"] / "model.safetensors").read_bytes()
+    got, sent = (folder / "model.safetensors" for folder in (clone.folder, published_each["qwen3"]))
+    assert got.read_bytes() == sent.read_bytes()
 
 
 def test_killed_at_random_moments_nothing_wrong_has_a_final_name(clone, published_each, tmp_path):
     (published := tmp_path / "published").mkdir()
     made = random.Random(0)
-    for name in ("model-1-of-3.safetensors", "model-2-of-3.safetensors", "model-3-of-3.safetensors", "tokenizer.json", "config.json"):
+    for name in (*(f"model-{i}-of-3.safetensors" for i in (1, 2, 3)), "tokenizer.json", "config.json"):
         (published / name).write_bytes(made.randbytes(1000 if name == "config.json" else 300_000))
     clone.hub.close()
     clone.hub = Hub(published, "Qwen/Qwen3-0.6B")
@@ -163,7 +171,8 @@ def test_two_at_the_same_time(clone):
     first = clone.start()
     assert clone.hub.stalled.wait(60)
     code, _, err = clone.run()
-    assert code == 2 and "Qwen3-0.6B is being downloaded already" in err and err.count("\n") == 2  # and the note on set-up
+    assert code == 2 and "Qwen3-0.6B is being downloaded already" in err
+    assert err.count("\n") == 2  # and the note on set-up
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate(timeout=30)
     clone.hub.stall_after = None
@@ -184,7 +193,8 @@ def test_one_line_of_progress_on_a_terminal(clone, terminal):
     controller, handle = pty.openpty()
     clone.environment |= {"TERM": terminal, "NO_COLOR": "1", "COLUMNS": "60"}
     clone.hub.speed = 250_000
-    process = subprocess.Popen(["sh", str(clone.script)], env=clone.environment, stdout=subprocess.DEVNULL, stderr=handle)
+    process = subprocess.Popen(["sh", str(clone.script)], env=clone.environment, stdout=subprocess.DEVNULL,
+                               stderr=handle)
     os.close(handle)
     seen = b""
     try:
@@ -198,7 +208,7 @@ def test_one_line_of_progress_on_a_terminal(clone, terminal):
     os.close(controller)
 
 
-def test_the_scripts_are_one_but_for_names():
+def test_the_scripts_differ_in_names_only():
     def common(package: str) -> list[str]:
         lines = (ROOT / f"scripts/download_{package}.sh").read_text().splitlines()
         return lines[:1] + [line.replace(f"download.py\" {package} ", "") for line in lines[2:]]

@@ -56,7 +56,8 @@ def test_the_disk_is_asked_where_the_folder_lies_and_parts_count_as_there(place,
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     code, _, err = place.get()
-    assert code == 2 and asked == [real] and re.search("Qwen3-0.6B needs 606.0 kB more, and the disk of .* has 400.0 kB free", err)
+    assert code == 2 and asked == [real]
+    assert re.search("Qwen3-0.6B needs 606.0 kB more, and the disk of .* has 400.0 kB free", err)
     place.part(place.bytes()[:250_000])
     code, _, err = place.get()
     assert code == 0 and place.is_whole() and "5 of 5 files to get, 356.0 kB" in err
@@ -103,7 +104,8 @@ def test_only_the_tokenizer(place):
     ("qwen3", "DeepSeek-R1", "bash scripts/download_deepseek_v3.sh DeepSeek-R1"),
     ("deepseek_v3", "Moonlight", "did you mean Moonlight-16B-A3B?"),
     ("deepseek_v3", "deepseek-ai/Moonlight-16B-A3B", "moonshotai/Moonlight-16B-A3B is"),
-    ("deepseek_v3", "DeepSeek-R1-Distill-Qwen-7B", "is not a published checkpoint of DeepSeek-V3's architecture; did you mean "),
+    ("deepseek_v3", "DeepSeek-R1-Distill-Qwen-7B",
+     "is not a published checkpoint of DeepSeek-V3's architecture; did you mean "),
     ("qwen3_moe", "x" * 500, "did you mean Qwen3-30B-A3B?"),
     ("deepseek_v3", "DeepSeek-V3", "DeepSeek-V3 has 688.6 GB; add --yes"),
     ("deepseek_v3", "moonshotai/Kimi-K2-Instruct", "has 1029.2 GB; add --yes"),
@@ -118,8 +120,10 @@ def test_names_that_are_not_meant(place, package, asked, text):
 
 
 def test_names_that_are(place):
-    assert place.get("qwen/qwen3-0.6b")[1] == f"uv run{_directory()} python -m qwen3.main -m Qwen3-0.6B\n" and place.is_whole()
-    for package, name in [("qwen3", "Qwen3-8B"), ("qwen3", "deepseek-r1-0528-qwen3-8b"), ("deepseek_v3", "zai-org/GLM-4.7-Flash")]:
+    assert place.get("qwen/qwen3-0.6b")[1] == f"uv run{_directory()} python -m qwen3.main -m Qwen3-0.6B\n"
+    assert place.is_whole()
+    for package, name in [("qwen3", "Qwen3-8B"), ("qwen3", "deepseek-r1-0528-qwen3-8b"),
+                          ("deepseek_v3", "zai-org/GLM-4.7-Flash")]:
         code, _, err = place.get(name, package=package)  # known, and not on this hub
         published = download.find(package, name)
         assert code == 1 and f"{place.hub.url} has no {download.owner_of(published)}/{published}" in err

@@ -34,7 +34,8 @@ def test_a_second_run_reads_nothing_and_a_changed_file_is_read_and_fetched_again
     place.hub.transfers.extend([(404, b"", {})])
     assert place.get()[0] == 1 and WEIGHTS in read and not (place.folder / "config.json").exists()
     place.transfers()
-    assert place.get("--revision", "v1")[0] == 0 and place.is_whole() and [name for name, _ in place.transfers()] == [WEIGHTS]
+    assert place.get("--revision", "v1")[0] == 0 and place.is_whole()
+    assert [name for name, _ in place.transfers()] == [WEIGHTS]
     # So it is with that of another revision.
     (place.folder / "config.json").write_bytes(b"{}")
     (place.folder / "tokenizer.json").unlink()
@@ -59,7 +60,8 @@ def test_what_passes_is_tried_again(place):
 def test_what_does_not_pass_has_an_end(place):
     place.hub.api.extend([(503, b"", {})] * 50)
     code, _, err = place.get()
-    assert code == 1 and "the hub answered 503; tried 5 times" in err and "it goes on where it stopped" in err and len(place.hub.api) == 45
+    assert code == 1 and "the hub answered 503; tried 5 times" in err and "it goes on where it stopped" in err
+    assert len(place.hub.api) == 45
     place.hub.api.clear()
     place.hub.transfers.extend([(503, b"", {})] * 500)
     code, _, err = place.get()
@@ -149,7 +151,8 @@ def test_wrong_tokens_and_terms(place, monkeypatch):
     assert code == 1 and "HF_TOKEN does not allow it" in err and len(place.hub.log) == 1
     monkeypatch.setenv("HF_TOKEN", "wrong")
     code, _, err = place.get()
-    assert code == 2 and "token (HF_TOKEN) is wrong or has expired; public checkpoints need none: unset it" in err and len(place.hub.log) == 2
+    assert code == 2 and "token (HF_TOKEN) is wrong or has expired; public checkpoints need none: unset it" in err
+    assert len(place.hub.log) == 2
     monkeypatch.setenv("HF_TOKEN", "wröng")
     code, _, err = place.get()
     assert code == 2 and "HF_TOKEN has characters" in err
@@ -162,9 +165,10 @@ def test_wrong_tokens_and_terms(place, monkeypatch):
 
 
 def test_addresses_and_networks(place, monkeypatch):
-    for endpoint, code, text in [("127.0.0.1:8811", 2, "HF_ENDPOINT is '127.0.0.1:8811', expected an address that begins with https://"),
-                                 ("http://127.0.0.1:x", 2, "which is no address"),
-                                 ("http://127.0.0.1:9", 1, "no connection")]:  # the discard port: nobody listens
+    for endpoint, code, text in [
+            ("127.0.0.1:8811", 2, "HF_ENDPOINT is '127.0.0.1:8811', expected an address that begins with https://"),
+            ("http://127.0.0.1:x", 2, "which is no address"),
+            ("http://127.0.0.1:9", 1, "no connection")]:  # the discard port: nobody listens
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         got, out, err = place.get()
         assert got == code and out == "" and text in err
