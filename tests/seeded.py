@@ -50,7 +50,8 @@ def qwen3_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
     for layer in range(config["num_hidden_layers"]):
         for name, shape in {
-            "input_layernorm": (D,), "post_attention_layernorm": (D,), "self_attn.q_norm": (N,), "self_attn.k_norm": (N,),
+            "input_layernorm": (D,), "post_attention_layernorm": (D,),
+            "self_attn.q_norm": (N,), "self_attn.k_norm": (N,),
             "self_attn.q_proj": (H * N, D), "self_attn.k_proj": (K * N, D), "self_attn.v_proj": (K * N, D),
             "self_attn.o_proj": (D, H * N), **feed_forward_shapes(config, layer),
         }.items():
@@ -61,17 +62,19 @@ def qwen3_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def deepseek_v3_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """The same for DeepSeek-V3's architecture, with the layer behind the last where the config announces it."""
+    """The same for DeepSeek-V3's architecture, with the MTP module where the config announces it."""
     D, V, H = config["hidden_size"], config["vocab_size"], config["num_attention_heads"]
     R, Q, L = config["kv_lora_rank"], config["q_lora_rank"], config["num_hidden_layers"]
     N, P, M = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
     E, F = config["n_routed_experts"], config["moe_intermediate_size"]
     queries = {"q_proj": (H * (N + P), D)} if Q is None else {
         "q_a_proj": (Q, D), "q_a_layernorm": (Q,), "q_b_proj": (H * (N + P), Q)}
-    attention = queries | {"kv_a_proj_with_mqa": (R + P, D), "kv_a_layernorm": (R,), "kv_b_proj": (H * (N + M), R), "o_proj": (D, H * M)}
+    attention = queries | {"kv_a_proj_with_mqa": (R + P, D), "kv_a_layernorm": (R,), "kv_b_proj": (H * (N + M), R),
+                           "o_proj": (D, H * M)}
     shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
     for layer in range(L + config["num_nextn_predict_layers"]):
-        names = {"input_layernorm": (D,), "post_attention_layernorm": (D,)} | {f"self_attn.{k}": v for k, v in attention.items()}
+        names = {"input_layernorm": (D,), "post_attention_layernorm": (D,)}
+        names |= {f"self_attn.{name}": shape for name, shape in attention.items()}
         if layer < config["first_k_dense_replace"]:
             names |= mlp_shapes("mlp", D, config["intermediate_size"])
         else:
@@ -94,8 +97,10 @@ def write_checkpoint(folder: Path, config: dict, dtype: torch.dtype = torch.floa
     for name, shape in (shapes_of(config) if shapes is None else shapes).items():
         if name.endswith("_bias"):
             made[name] = seeded_tensor(name, shape, 0.1)  # float32 whatever the others are
+        elif len(shape) == 1:
+            made[name] = seeded_tensor(name, shape, 0.3, mean=1.0).to(dtype)
         else:
-            made[name] = seeded_tensor(name, shape, 0.3 if len(shape) == 1 else std, mean=float(len(shape) == 1)).to(dtype)
+            made[name] = seeded_tensor(name, shape, std).to(dtype)
     save_file(made | tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -118,9 +123,10 @@ def qwen3_config(**changes: object) -> dict:
 
 def qwen3_moe_config(**changes: object) -> dict:
     return qwen3_config(**{
-        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "tie_word_embeddings": False, "num_experts": 8,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True, "decoder_sparse_step": 1,
-        "mlp_only_layers": [], "output_router_logits": False, "router_aux_loss_coef": 0.001} | changes)
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "tie_word_embeddings": False,
+        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False,
+        "router_aux_loss_coef": 0.001} | changes)
 
 
 def deepseek_v3_config(**changes: object) -> dict:
@@ -149,7 +155,8 @@ QWEN3_CASES = {
     "wide_heads_one_layer": {"hidden_size": 24, "head_dim": 64, "num_hidden_layers": 1, "rope_theta": 5000000},
     "two_values_per_head": {"head_dim": 2, "num_attention_heads": 12, "num_key_value_heads": 4, "num_hidden_layers": 5},
     "yarn": {"rope_scaling": YARN},
-    "yarn_all_fields": {"head_dim": 16, "rope_scaling": YARN | {"beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.3}},
+    "yarn_all_fields": {"head_dim": 16,
+                        "rope_scaling": YARN | {"beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.3}},
     "yarn_mscale": {"head_dim": 32, "tie_word_embeddings": False,
                     "rope_scaling": YARN | {"factor": 8.0, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False}},
 }
@@ -171,8 +178,8 @@ DEEPSEEK_V3_CASES = {
     "yarn": {},
     "moonlight": {"q_lora_rank": None, "rope_scaling": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 2,
                   "rms_norm_eps": 1e-3, "rope_theta": 50000.0, "num_nextn_predict_layers": 0},
-    "kimi": {"n_group": 1, "topk_group": 1, "n_routed_experts": 13, "num_nextn_predict_layers": 0, "rope_theta": 50000.0,
-             "rope_scaling": DEEPSEEK_YARN | {"beta_fast": 1.0, "beta_slow": 1.0}},
+    "kimi": {"n_group": 1, "topk_group": 1, "n_routed_experts": 13, "num_nextn_predict_layers": 0,
+             "rope_theta": 50000.0, "rope_scaling": DEEPSEEK_YARN | {"beta_fast": 1.0, "beta_slow": 1.0}},
     "two_large_groups": {"n_routed_experts": 10, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 4},
     "three_groups": {"n_routed_experts": 9, "n_group": 3, "num_experts_per_tok": 5, "num_hidden_layers": 2},
     "negative_biases": {"num_experts_per_tok": 4},  # every score that chooses is below 0, see `write_case`
@@ -188,7 +195,7 @@ DEEPSEEK_V3_CASES = {
 
 
 def tied_pairs(config: dict) -> dict[str, torch.Tensor]:
-    """Experts in pairs of one weight and one row in the router: whichever of a pair is chosen, the result is the same."""
+    """Experts in pairs that share weight and router row: whichever of a pair is chosen, the result is the same."""
     tensors = {}
     for name, shape in qwen3_shapes(config).items():
         if ".mlp.experts." in name and int(name.split(".")[5]) % 2:
@@ -205,9 +212,9 @@ def write_case(folder: Path, package: str, name: str) -> Path:
         return write_checkpoint(folder, qwen3_config(**QWEN3_CASES[name]))
     if package == "deepseek_v3":
         config = deepseek_v3_config(**DEEPSEEK_V3_CASES[name])
-        below = {tensor: seeded_tensor(tensor, shape, 0.1, mean=-3.0) for tensor, shape in deepseek_v3_shapes(config).items()
-                 if tensor.endswith("_bias") and name == "negative_biases"}
-        return write_checkpoint(folder, config, **below)
+        biases = {tensor: shape for tensor, shape in deepseek_v3_shapes(config).items() if tensor.endswith("_bias")}
+        below = {tensor: seeded_tensor(tensor, shape, 0.1, mean=-3.0) for tensor, shape in biases.items()}
+        return write_checkpoint(folder, config, **(below if name == "negative_biases" else {}))
     config = qwen3_moe_config(**QWEN3_MOE_CASES[name])
     return write_checkpoint(folder, config, **(tied_pairs(config) if name == "ties" else {}))
 
@@ -233,7 +240,8 @@ DEEPSEEK_V3_PAIR = deepseek_v3_config(
     num_nextn_predict_layers=0, max_position_embeddings=163840, torch_dtype="bfloat16", rope_scaling={
         "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
         "mscale": 1.0, "mscale_all_dim": 1.0})
-# Positions for a prompt of twelve tokens, from the first to the last that DeepSeek-V3 knows; 4096 were trained unstretched.
+# Positions for a prompt of twelve tokens, from the first to the last that DeepSeek-V3 knows; 4096 were trained without
+# YaRN.
 FAR = [0, 3, 77, 4095, 4096, 4097, 5000, 20000, 65537, 131071, 163000, 163839]
 # package -> a full shape, and what spreads the prompt's ids over its vocabulary
 FULL = {"qwen3": (QWEN3_0_6B, 1009), "qwen3_moe": (QWEN3_30B_A3B_PAIR, 31), "deepseek_v3": (DEEPSEEK_V3_PAIR, 31)}

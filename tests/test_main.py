@@ -1,4 +1,4 @@
-"""The command line, as all packages have it: flags, folders, pipes, commands. What one package has alone stands in its folder."""
+"""The command line, as all packages have it: flags, folders, pipes, commands. A package's own flags: in its folder."""
 
 import builtins
 import io
@@ -27,17 +27,23 @@ def folder_of(package: str) -> Path:
 def seen_by_generate(monkeypatch, package: str, ids=()) -> list[tuple[list[int], dict]]:
     """(prompt ids, settings) of each call; `ids` are the answer."""
     seen = []
-    monkeypatch.setattr(module(package, "main"), "generate", lambda model, prompt, **settings: seen.append((prompt, settings)) or iter(ids))
+
+    def generate(model, prompt, **settings):
+        seen.append((prompt, settings))
+        return iter(ids)
+
+    monkeypatch.setattr(module(package, "main"), "generate", generate)
     return seen
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_an_answer_ends_with_its_turn_whatever_the_config_says(package, monkeypatch, tmp_path):
-    """A checkpoint whose files name only the end of a text, though it converses, would write the user's next question too."""
+    """If its files name no stop token of a turn, a checkpoint that converses would write the next question too."""
     folder = shutil.copytree(folder_of(package), tmp_path / "One")
     for name in ("config.json", "generation_config.json"):
         values = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps({key: value for key, value in values.items() if key != "eos_token_id"}))
+        values.pop("eos_token_id", None)
+        (folder / name).write_text(json.dumps(values))
     seen = seen_by_generate(monkeypatch, package)
     assert module(package, "main").main(["-m", str(folder), "-p", "x"]) == 0
     assert seen[0][1]["stop_ids"] == {module(package, "tokenizer").Tokenizer.from_checkpoint(folder).end_of_turn}
@@ -66,7 +72,8 @@ def test_flags_that_do_nothing_without_sampling_say_so(capfd, monkeypatch):
 def test_cut_off_says_why(capfd, monkeypatch):
     main = module("qwen3", "main")
     monkeypatch.setattr(main, "generate", lambda model, ids, *, max_new_tokens, **_: iter([5] * max_new_tokens))
-    for flags, said in ((["-n", "2"], "cut off after 2 tokens; -n allows more\n"), ([], ": the context of 2048 tokens is full\n")):
+    for flags, said in ((["-n", "2"], "cut off after 2 tokens; -n allows more\n"),
+                        ([], ": the context of 2048 tokens is full\n")):
         assert main.main(["-m", str(TINY), "-p", "a " * 1000, *flags]) == 0
         err = capfd.readouterr().err
         assert "cut off after " in err and said in err
@@ -120,21 +127,23 @@ class Typed(io.StringIO):
 
 
 @pytest.mark.parametrize("flags", [[], ["-p", "-"]])
-@pytest.mark.parametrize("data, question", [(b"What is GQA?\n", "What is GQA?"), (b"a\n\nb\r\n", "a\n\nb"), (b"a\xffb", "a\ufffdb"),
-                                            (b"\xef\xbb\xbfa", "a"), (b"  x  ", "  x  ")])
+@pytest.mark.parametrize("data, question", [
+    (b"What is GQA?\n", "What is GQA?"), (b"a\n\nb\r\n", "a\n\nb"), (b"a\xffb", "a\ufffdb"), (b"\xef\xbb\xbfa", "a"),
+    (b"  x  ", "  x  ")])
 def test_a_question_comes_through_a_pipe(monkeypatch, flags, data, question):
     assert ask(monkeypatch, pipe(data), *flags) == (0, [question])
 
 
 def test_what_is_no_pipe_is_not_read(monkeypatch, capfd, tmp_path):
     question = module("qwen3", "main").DEFAULT_PROMPT
+    refused = "qwen3: standard input holds no question; write one there, or ask it with -p\n"
     with open(os.devnull) as null:
         for stdin in (None, null, Typed("never"), pipe(b"")):
             assert ask(monkeypatch, stdin) == (0, [question])
             assert f'asking "{question}"' in capfd.readouterr().err
         for stdin, flags in ((None, ["-p", "-"]), (null, ["-p", "-"]), (pipe(b""), ["-p", "-"]), (pipe(b"\n \n"), [])):
             assert ask(monkeypatch, stdin, *flags) == (2, [])
-            assert capfd.readouterr().err == "qwen3: standard input holds no question; write one there, or ask it with -p\n"
+            assert capfd.readouterr().err == refused
     assert ask(monkeypatch, pipe(b"never"), "-p", "asked") == (0, ["asked"])
     assert ask(monkeypatch, io.StringIO("of a program\n")) == (0, ["of a program"])
     path = tmp_path / "q"
@@ -170,8 +179,9 @@ def no_cache(monkeypatch, tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("variable, below", [("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub"),
-                                             ("XDG_CACHE_HOME", "huggingface/hub"), ("HOME", ".cache/huggingface/hub")])
+@pytest.mark.parametrize("variable, below", [
+    ("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub"),
+    ("HOME", ".cache/huggingface/hub")])
 def test_owner_and_name_are_found_in_the_hugging_face_cache(no_cache, monkeypatch, variable, below):
     cache = no_cache / "home" / below
     if variable != "HOME":
@@ -182,7 +192,7 @@ def test_owner_and_name_are_found_in_the_hugging_face_cache(no_cache, monkeypatc
     assert find("Qwen/Qwen3-0.6B", no_cache)[0] == new  # no refs: the newest
     (model / "refs").mkdir()
     (model / "refs/main").write_text("aaa")
-    assert find("Qwen/Qwen3-0.6B", no_cache)[0] == old == find(str(model), no_cache)[0] == find(f"{model}/", no_cache)[0]
+    assert all(find(name, no_cache)[0] == old for name in ("Qwen/Qwen3-0.6B", str(model), f"{model}/"))
     assert shared.name_of(old) == "Qwen3-0.6B"
     own = checkpoint(no_cache / "checkpoints/Qwen3-0.6B")
     assert find("Qwen/Qwen3-0.6B", no_cache / "checkpoints")[0] == own
@@ -192,13 +202,16 @@ def test_owner_and_name_are_found_in_the_hugging_face_cache(no_cache, monkeypatc
 
 def test_home_trailing_slash_and_names(no_cache):
     folder = checkpoint(no_cache / "home/x")
-    assert find("~/x", no_cache)[0] == find("home/x/", no_cache)[0] == find("x", no_cache / "home")[0] == folder
+    assert find("~/x", no_cache)[0] == find("home/x/", no_cache)[0] == folder == find("x", no_cache / "home")[0]
 
 
 @pytest.mark.parametrize("name, wanted", [
-    ("model.gguf", "model.gguf is a GGUF file, and this project reads safetensors"), ("Tiny/config.json", "is a file, and a checkpoint is a folder"),
-    ("Qwen/Qwen3-9B", f"Qwen/Qwen3-9B: neither a folder nor a checkpoint (there: Tiny); get a published one with `{DOWNLOAD} NAME`"),
-    ("x" * 5000, "File name too long"), ("~nobody/x", "~nobody/x: neither a folder"), ("../x/..\0", "neither a folder"), ("a/" * 90, "neither a folder")])
+    ("model.gguf", "model.gguf is a GGUF file, and this project reads safetensors"),
+    ("Tiny/config.json", "is a file, and a checkpoint is a folder"),
+    ("Qwen/Qwen3-9B", "Qwen/Qwen3-9B: neither a folder nor a checkpoint (there: Tiny); get a published one with "
+                      f"`{DOWNLOAD} NAME`"),
+    ("x" * 5000, "File name too long"), ("~nobody/x", "~nobody/x: neither a folder"), ("../x/..\0", "neither a folder"),
+    ("a/" * 90, "neither a folder")])
 def test_what_is_no_checkpoint_gets_one_sentence(no_cache, name, wanted):
     (no_cache / "model.gguf").write_text("GGUF")
     checkpoint(no_cache / "Tiny")
@@ -212,9 +225,11 @@ def test_the_default_is_used_only_when_it_is_whole(no_cache):
     folder, (note,) = find(None, no_cache)
     assert folder == tiny and note.startswith(f"Big is not downloaded (`{DOWNLOAD}` gets it): using Tiny")
     checkpoint(big, "config.json")
-    for file, content, whole in (("model-1.safetensors.part", "", False), ("model-1.safetensors", "", False), (
-            "model.safetensors.index.json", '{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}', False),
-            ("model-2.safetensors", "", False), ("model-1.safetensors.part", None, True)):
+    index = '{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'
+    for file, content, whole in (
+            ("model-1.safetensors.part", "", False), ("model-1.safetensors", "", False),
+            ("model.safetensors.index.json", index, False), ("model-2.safetensors", "", False),
+            ("model-1.safetensors.part", None, True)):
         (big / file).unlink() if content is None else (big / file).write_text(content)
         folder, notes = find(None, no_cache)
         assert (folder, not notes) == ((big, True) if whole else (tiny, False))
@@ -239,8 +254,7 @@ def converse(monkeypatch, package: str, *lines: str, flags=()) -> tuple[int, lis
     """(exit code, the prompts) of a conversation in which each answer is "Hello!"."""
     main = module(package, "main")
     tokenizer = main.Tokenizer.from_checkpoint(folder_of(package))
-    seen, given = [], iter(lines)
-    monkeypatch.setattr(main, "generate", lambda model, ids, **_: seen.append(tokenizer.decode(ids)) or iter(tokenizer.encode("Hello!")))
+    seen, given = seen_by_generate(monkeypatch, package, tokenizer.encode("Hello!")), iter(lines)
 
     def type_line(prompt: str = "") -> str:
         line = next(given, EOFError)
@@ -249,12 +263,14 @@ def converse(monkeypatch, package: str, *lines: str, flags=()) -> tuple[int, lis
         return line
 
     monkeypatch.setattr(builtins, "input", type_line)
-    return main.main(["-m", str(folder_of(package)), "--chat", *flags]), seen
+    code = main.main(["-m", str(folder_of(package)), "--chat", *flags])
+    return code, [tokenizer.decode(ids) for ids, _ in seen]
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_question_behind_a_command_is_asked(package, monkeypatch, capfd):
-    code, prompts = converse(monkeypatch, package, "One", "/no_think What is the KV cache?", "Two", "/think Three", "/clear Four", "/think", "/clear")
+def test_a_question_after_a_command_is_asked(package, monkeypatch, capfd):
+    code, prompts = converse(monkeypatch, package, "One", "/no_think What is the KV cache?", "Two", "/think Three",
+                             "/clear Four", "/think", "/clear")
     assert code == 0 and len(prompts) == 5
     off = [prompt.rstrip().endswith("</think>") for prompt in prompts]
     assert off == [False, True, True, False, False]
@@ -264,19 +280,26 @@ def test_a_question_behind_a_command_is_asked(package, monkeypatch, capfd):
 
 
 def test_slashes_and_words_that_leave(monkeypatch, capfd):
-    typed = ["/usr/bin is what?", "//think about it", "/nothink What?", "/help", "/exit now", "What is x? /no_think", "/* c */ int x;", "exit the loop"]
+    typed = ["/usr/bin is what?", "//think about it", "/nothink What?", "/help", "/exit now", "What is x? /no_think",
+             "/* c */ int x;", "exit the loop"]
     code, prompts = converse(monkeypatch, "qwen3", *typed, "QUIT", "never")
     err = capfd.readouterr().err
     asked = ["/usr/bin is what?", "/think about it", "What is x? /no_think", "/* c */ int x;", "exit the loop"]
-    assert code == 0 and [prompt.rpartition("user\n")[2].partition("<|im_end|>")[0] for prompt in prompts] == asked
-    assert "/nothink is not known" in err and "Several pasted lines are one question" in err and "/exit takes no text" in err
+    assert code == 0
+    assert [prompt.rpartition("user\n")[2].partition("<|im_end|>")[0] for prompt in prompts] == asked
+    for said in ("/nothink is not known", "Several pasted lines are one question", "/exit takes no text"):
+        assert said in err
     for word in ("exit", "quit", "/exit", "/quit", "Exit"):
         assert converse(monkeypatch, "qwen3", word, "never") == (0, [])
 
 
 def test_a_switch_that_cannot_be_set_loses_no_question(monkeypatch, capfd):
-    monkeypatch.setattr(module("qwen3", "engine.conversation").Conversation, "choose_thinking",
-                        lambda self, wanted: setattr(self, "thinking", True) if wanted is None else (_ for _ in ()).throw(ValueError("always; x")))
+    def choose(self, wanted):
+        if wanted is not None:
+            raise ValueError("always; x")
+        self.thinking = True
+
+    monkeypatch.setattr(module("qwen3", "engine.conversation").Conversation, "choose_thinking", choose)
     assert len(converse(monkeypatch, "qwen3", "/no_think One")[1]) == 1
     assert "qwen3: always\n" in capfd.readouterr().err
 
@@ -284,13 +307,16 @@ def test_a_switch_that_cannot_be_set_loses_no_question(monkeypatch, capfd):
 # Inside other programs
 
 def test_in_a_thread_and_nothing_of_the_process_is_changed(monkeypatch, capfd):
+    def settings() -> tuple:
+        return signal.getsignal(signal.SIGINT), sys.stdin, sys.stdout, sys.stderr, sys.stdout.errors
+
     main, codes = module("qwen3", "main").main, []
     seen_by_generate(monkeypatch, "qwen3")
-    before = signal.getsignal(signal.SIGINT), sys.stdin, sys.stdout, sys.stderr, sys.stdout.errors
+    before = settings()
     thread = threading.Thread(target=lambda: codes.append(main(["-m", str(TINY), "-p", "x"])))
     thread.start()
     thread.join()
-    assert codes == [0] and before == (signal.getsignal(signal.SIGINT), sys.stdin, sys.stdout, sys.stderr, sys.stdout.errors)
+    assert codes == [0] and before == settings()
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -300,13 +326,15 @@ def test_memory_that_runs_out_in_an_answer_is_one_sentence(package, monkeypatch,
 
     monkeypatch.setattr(module(package, "main"), "generate", fail)
     assert module(package, "main").main(["-m", str(folder_of(package)), "-p", "x"]) == 2
-    assert capfd.readouterr().err.endswith(f"{package}: memory ran out: 70000 bytes more were needed; try a smaller -n, --dtype bfloat16, "
-                                           "a smaller checkpoint or another device\n")
+    assert capfd.readouterr().err.endswith(
+        f"{package}: memory ran out: 70000 bytes more were needed; try a smaller -n, --dtype bfloat16, a smaller "
+        "checkpoint or another device\n")
 
 
 def test_pytest_shows_names_when_it_is_asked():
     test = "tests/test_readmes.py::test_something_is_tested"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
     for flags, shown in ((["-v"], True), ([], False)):
-        done = subprocess.run([sys.executable, "-m", "pytest", test, "-p", "no:cacheprovider", *flags], cwd=ROOT, capture_output=True, text=True,
-                              env={name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"})
+        done = subprocess.run([sys.executable, "-m", "pytest", test, "-p", "no:cacheprovider", *flags], cwd=ROOT,
+                              capture_output=True, text=True, env=environment)
         assert (f"{test} PASSED" in done.stdout) == shown and ("rootdir" in done.stdout) == shown, done.stdout

@@ -1,7 +1,8 @@
 """Damaged checkpoints by the thousand: each is loaded as the library would load it, or refused in one sentence.
 
-A third each: the header of the weights (bytes, lengths, places); every field of config, index and generation_config with
-wrong values and types; the tokenizer's files, and truncation. `uv run pytest -m slow tests/test_mutations.py` runs more.
+A third each: the header of the weights (bytes, lengths, places); every field of config, index and generation_config
+with wrong values and types; the tokenizer's files, and truncation. `uv run pytest -m slow tests/test_mutations.py` runs
+more.
 """
 
 import json
@@ -20,8 +21,8 @@ from tests.seeded import deepseek_v3_config, qwen3_config, qwen3_moe_config, wri
 
 TINY = Path(__file__).parents[1] / "checkpoints"
 CONFIGS = {"qwen3": qwen3_config, "qwen3_moe": qwen3_moe_config, "deepseek_v3": deepseek_v3_config}
-VALUES = [None, True, False, 0, -1, 1, 2.5, 10**30, float("nan"), float("inf"), "", "x" * 9000, "7", [], [1, "a"], {}, {"a": {"b": []}}, "a\nb", "\ud800",
-          [None] * 5000, 128, "yarn", [128, 128], 1e-300]
+VALUES = [None, True, False, 0, -1, 1, 2.5, 10**30, float("nan"), float("inf"), "", "x" * 9000, "7", [], [1, "a"], {},
+          {"a": {"b": []}}, "a\nb", "\ud800", [None] * 5000, 128, "yarn", [128, 128], 1e-300]
 
 
 @pytest.fixture(params=PACKAGES)
@@ -58,7 +59,8 @@ def starting_point(folder: Path, package: str) -> Path:
         where = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(tensors)}
         for file in set(where.values()):
             save_file({name: tensor for name, tensor in tensors.items() if where[name] == file}, folder / file)
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+        index = {"metadata": {"total_size": 1}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
 
 
@@ -71,22 +73,28 @@ def mutate_header(data: bytes, chance: random.Random) -> bytes:
             out[chance.randrange(8 + length)] = chance.randrange(256)
         return bytes(out)
     if kind == 1:  # the header's length
-        return chance.choice([0, 1, length - 1, length + 1, length * 2, 2**63, 2**64 - 1, len(data)]).to_bytes(8, "little") + data[8:]
+        wrong = chance.choice([0, 1, length - 1, length + 1, length * 2, 2**63, 2**64 - 1, len(data)])
+        return wrong.to_bytes(8, "little") + data[8:]
     if kind == 2:  # bytes in the middle once more, or gone, as after a wrong resume
         a, b = sorted(chance.randrange(8 + length, len(data)) for _ in range(2))
         return data[:b] + data[a:] if chance.random() < 0.5 else data[:a] + data[b:]
     header = json.loads(data[8:8 + length])
-    name = chance.choice([key for key in header if key != "__metadata__"])
+    names = [key for key in header if key != "__metadata__"]
+    name = chance.choice(names)
     entry = header[name]
     if kind == 3:  # a place
-        other = header[chance.choice([key for key in header if key != "__metadata__"])]["data_offsets"]
-        entry["data_offsets"] = chance.choice([other, [0, 0], entry["data_offsets"][::-1], [entry["data_offsets"][0] + 2, entry["data_offsets"][1] + 2],
-                                               [-2, 2], [0.5, 2], "x", None, [1], [0, 2**64], [0, 10**30]])
+        first, last = entry["data_offsets"]
+        other = header[chance.choice(names)]["data_offsets"]
+        entry["data_offsets"] = chance.choice([
+            other, [0, 0], [last, first], [first + 2, last + 2], [-2, 2], [0.5, 2], "x", None, [1], [0, 2**64],
+            [0, 10**30]])
     elif kind == 4:  # a shape or type
-        entry[chance.choice(["shape", "dtype"])] = chance.choice([[], [0], [2**62, 4], [-1, -2], "F32", "F64", "I8", "BOOL", "F8_E8M0", "x", None, [1.5],
-                                                                  entry["shape"][::-1], 5, ["a"]])
+        entry[chance.choice(["shape", "dtype"])] = chance.choice([
+            [], [0], [2**62, 4], [-1, -2], "F32", "F64", "I8", "BOOL", "F8_E8M0", "x", None, [1.5],
+            entry["shape"][::-1], 5, ["a"]])
     else:  # a name
-        header[chance.choice(["x", "", "a\nb", name + ".inv_freq", "lm_head.weight", "\u2028" * 200, "__metadata__"])] = header.pop(name)
+        new = chance.choice(["x", "", "a\nb", name + ".inv_freq", "lm_head.weight", "\u2028" * 200, "__metadata__"])
+        header[new] = header.pop(name)
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data[8 + length:]
 
@@ -136,7 +144,8 @@ def run(package: str, folder: Path, count: int, seed: int) -> int:
     chance, loaded = random.Random(seed), 0
     start = starting_point(folder / "start", package)
     weights = sorted(path.name for path in start.glob("*.safetensors"))
-    fields = [name for name in ("config.json", "generation_config.json", "model.safetensors.index.json") if (start / name).exists()]
+    fields = ["config.json", "generation_config.json", "model.safetensors.index.json"]
+    fields = [name for name in fields if (start / name).exists()]
     texts = ["tokenizer.json", "tokenizer_config.json"]
     for i in range(count):
         kind, name = i % 3, chance.choice([weights, fields, texts][i % 3])

@@ -1,9 +1,10 @@
 """What released checkpoints really contain: stray buffers, fused experts, FP8 in many spellings, other models' files.
 
-Values come from what does not run here: the same numbers stored in the plain way, or formulas written out.
+Values come from what does not run here: the same numbers stored in the plain way, or formulas computed step by step.
 """
 
 import copy
+import functools
 import io
 import json
 import pickle
@@ -15,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.packages import PACKAGES, module
-from tests.seeded import PROMPT, deepseek_v3_config, qwen3_config, qwen3_moe_config, seeded_tensor, shapes_of, write_checkpoint
+from tests.seeded import (
+    PROMPT, deepseek_v3_config, qwen3_config, qwen3_moe_config, seeded_tensor, shapes_of, write_checkpoint)
 
 IDS = torch.tensor([PROMPT])
 CONFIGS = {"qwen3": qwen3_config, "qwen3_moe": qwen3_moe_config, "deepseek_v3": deepseek_v3_config}
@@ -42,13 +44,15 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
-def shard(folder: Path, tensors: dict[str, torch.Tensor], index: bool = True, pattern: str = "model-{:05}-of-00003.safetensors") -> None:
+def shard(folder: Path, tensors: dict[str, torch.Tensor], index: bool = True,
+          pattern: str = "model-{:05}-of-00003.safetensors") -> None:
     (folder / "model.safetensors").unlink(missing_ok=True)
     weight_map = {name: pattern.format(i % 3 + 1) for i, name in enumerate(sorted(tensors))}
     for file in set(weight_map.values()):
         save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
     if index:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        text = json.dumps({"metadata": {}, "weight_map": weight_map})
+        (folder / "model.safetensors.index.json").write_text(text)
 
 
 def change_config(folder: Path, **changes) -> None:
@@ -63,8 +67,9 @@ def is_one_sentence(error: pytest.ExceptionInfo, folder: Path) -> bool:
 
 # Buffers
 
-BUFFERS = {"self_attn.rotary_emb.inv_freq": torch.ones(7), "self_attn.rotary_emb.cos_cached": torch.ones(3, 2), "self_attn.k_scale": torch.ones(()),
-           "self_attn.v_scale": torch.ones(1), "position_ids": torch.arange(5), "surplus": torch.empty(0, 4)}
+BUFFERS = {"self_attn.rotary_emb.inv_freq": torch.ones(7), "self_attn.rotary_emb.cos_cached": torch.ones(3, 2),
+           "self_attn.k_scale": torch.ones(()), "self_attn.v_scale": torch.ones(1), "position_ids": torch.arange(5),
+           "surplus": torch.empty(0, 4)}
 
 
 @pytest.mark.parametrize("indexed", [False, True])
@@ -82,12 +87,14 @@ def test_buffers_are_passed_over_and_change_neither_logits_nor_memory(tmp_path, 
 @pytest.mark.parametrize("package", MIXTURES)
 def test_a_stray_float32_table_does_not_count_in_the_memory_check(tmp_path, monkeypatch, package):
     folder, weights = write(tmp_path, package, torch.bfloat16, torch_dtype="bfloat16"), module(package, "weights")
-    save_file(tensors_of(folder) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(9)}, folder / "model.safetensors")
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(9)}
+    save_file(tensors_of(folder) | table, folder / "model.safetensors")
     monkeypatch.setattr(weights, "free_memory", lambda device: weights.bytes_in_memory(folder) * 8 // 10)
     assert "come from the disk when routed to" in weights.check_memory(folder, torch.device("cpu"), None, 10, 1000)
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.1.mlp.surprise.weight", "inv_freq"])
+@pytest.mark.parametrize("name", [
+    "model.layers.0.self_attn.q_proj.bias", "model.layers.1.mlp.surprise.weight", "inv_freq"])
 def test_a_superfluous_weight_is_an_error(tmp_path, package, name):
     folder = write(tmp_path, package)
     save_file(tensors_of(folder) | {name: torch.ones(2)}, folder / "model.safetensors")
@@ -104,7 +111,8 @@ def fuse(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name in names:
         prefix, leaf = name.split("0.gate_proj.")
         E = sum(1 for other in tensors if re.fullmatch(re.escape(prefix) + r"\d+\.down_proj\." + leaf, other))
-        gate, up, down = ([out.pop(f"{prefix}{e}.{part}.{leaf}") for e in range(E)] for part in ("gate_proj", "up_proj", "down_proj"))
+        gate, up, down = ([out.pop(f"{prefix}{e}.{part}.{leaf}") for e in range(E)]
+                          for part in ("gate_proj", "up_proj", "down_proj"))
         leaf = leaf.removeprefix("weight")
         out[f"{prefix}gate_up_proj{leaf}"] = torch.stack([torch.cat(pair) for pair in zip(gate, up)])
         out[f"{prefix}down_proj{leaf}"] = torch.stack(down)
@@ -139,21 +147,26 @@ def test_shards_without_an_index(tmp_path, package, pattern):
     shard(folder, tensors_of(folder), index=False, pattern=pattern)
     assert torch.equal(logits(package, folder), before)
     next(folder.glob("*2-of*")).unlink()
-    with pytest.raises(FileNotFoundError, match="only 2 of 3 parts are there, and no model.safetensors.index.json; download it again"):
+    wanted = "only 2 of 3 parts are there, and no model.safetensors.index.json; download it again"
+    with pytest.raises(FileNotFoundError, match=wanted):
         module(package, "weights").load_model(folder)
 
 
 # FP8
 
-def quantise(weight: torch.Tensor, kind: str, block: int = 128) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@functools.cache  # several spellings have the same numbers
+def quantised(name: str, shape: tuple[int, int], kind: str, block: int) -> tuple[torch.Tensor, ...]:
     """(FP8 weights, scales, what they mean in float32), one scale for a tensor, a row or a block, by slices."""
-    O, I = weight.shape
+    weight = seeded_tensor(name, shape, 0.1)
+    O, I = shape
     rows, columns = {"tensor": (O, I), "row": (1, I), "block": (block, block)}[kind]
-    scales, q, meant = torch.ones(-(-O // rows), -(-I // columns)), torch.empty(O, I, dtype=torch.float8_e4m3fn), torch.empty(O, I)
+    scales = torch.ones(-(-O // rows), -(-I // columns))
+    q, meant = torch.empty(O, I, dtype=torch.float8_e4m3fn), torch.empty(O, I)
     for r in range(scales.shape[0]):
         for c in range(scales.shape[1]):
             where = slice(r * rows, (r + 1) * rows), slice(c * columns, (c + 1) * columns)
-            scales[r, c] = 2.0 ** (weight[where].abs().max() / 448).log2().ceil()  # a power of two, so that E8M0 holds it too
+            # A power of two, so that E8M0 holds it too.
+            scales[r, c] = 2.0 ** (weight[where].abs().max() / 448).log2().ceil()
             q[where] = (weight[where] / scales[r, c]).to(torch.float8_e4m3fn)
             meant[where] = q[where].float() * scales[r, c]
     return q, scales, meant
@@ -161,6 +174,17 @@ def quantise(weight: torch.Tensor, kind: str, block: int = 128) -> tuple[torch.T
 
 FINE = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 W8 = {"num_bits": 8, "type": "float", "symmetric": True}
+
+
+def compressed(weights: dict, **more) -> dict:
+    """As compressed-tensors writes it, with one group."""
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}} | more
+
+
+FLOAT = {"format": "float-quantized"}
+DYNAMIC_ROWS = compressed(W8 | {"strategy": "channel"}, **FLOAT, ignore=["lm_head"])
+DYNAMIC_ROWS["config_groups"]["group_0"]["input_activations"] = {"dynamic": True, "strategy": "token"}
+OF_QWEN = OTHERS["Qwen/Qwen3-32B-FP8-Static-PerTensor"]["config"]["quantization_config"]
 SPELLINGS = {  # kind of scale, its shape in the file, its name, quantization_config
     "deepseek": ("block", None, "weight_scale_inv", FINE),
     "ue8m0": ("block", None, "weight_scale_inv", FINE | {"scale_fmt": "ue8m0"}),
@@ -168,12 +192,12 @@ SPELLINGS = {  # kind of scale, its shape in the file, its name, quantization_co
     "no method": ("block", None, "weight_scale_inv", {"weight_block_size": [128, 128]}),
     "static tensor": ("tensor", (), "weight_scale", {"quant_method": "fp8", "activation_scheme": "static"}),
     "one number": ("tensor", (1,), "weight_scale_inv", {"quant_method": "fp8", "activation_scheme": "static"}),
-    "qwen static": ("tensor", (), "weight_scale", OTHERS["Qwen/Qwen3-32B-FP8-Static-PerTensor"]["config"]["quantization_config"]),
-    "red hat dynamic": ("row", (-1, 1), "weight_scale", {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {
-        "group_0": {"weights": W8 | {"strategy": "channel"}, "input_activations": {"dynamic": True, "strategy": "token"}}}, "ignore": ["lm_head"]}),
-    "red hat blocks": ("block", None, "weight_scale", {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {
-        "group_0": {"weights": W8 | {"strategy": "block", "block_structure": [128, 128]}}}}),
-    "modelopt": ("tensor", (), "weight_scale", {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_scheme": {"num_bits": 8, "type": "float"}}),
+    "qwen static": ("tensor", (), "weight_scale", OF_QWEN),
+    "red hat dynamic": ("row", (-1, 1), "weight_scale", DYNAMIC_ROWS),
+    "red hat blocks": ("block", None, "weight_scale",
+                       compressed(W8 | {"strategy": "block", "block_structure": [128, 128]}, **FLOAT)),
+    "modelopt": ("tensor", (), "weight_scale", {"quant_method": "modelopt", "quant_algo": "FP8",
+                                                "kv_cache_scheme": {"num_bits": 8, "type": "float"}}),
     "modelopt blocks": ("block", "4d", "weight_scale", {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}),
     "fbgemm": ("row", (-1, 1), "weight_scale", {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
     "flat rows": ("row", (-1,), "weight_scale", {"quant_method": "fp8", "activation_scheme": "dynamic"}),
@@ -181,18 +205,22 @@ SPELLINGS = {  # kind of scale, its shape in the file, its name, quantization_co
 }
 
 
-def write_fp8(folder: Path, package: str, kind: str, spelling: str = "deepseek", plain: bool = False, **changes) -> Path:
-    """Projections in FP8 (or, plain, what those mean); with the scales of activations and cache that such files hold."""
+def write_fp8(folder: Path, package: str, kind: str, spelling: str = "deepseek", plain: bool = False,
+              **changes) -> Path:
+    """Projections in FP8 with the scales of activations and cache that such files hold; plain: what they mean."""
     _, shape, name_of_scale, quantization = SPELLINGS[spelling]
     folder.mkdir(parents=True, exist_ok=True)
     config = CONFIGS[package](**{"tie_word_embeddings": False, "hidden_size": 136, "torch_dtype": "float32"} | changes)
     tensors = {}
     for name, size in shapes_of(config).items():
         if "_proj" in name:
-            q, scale, meant = quantise(seeded_tensor(name, size, 0.1), kind, 16 if spelling == "small blocks" else 128)
+            q, scale, meant = quantised(name, size, kind, 16 if spelling == "small blocks" else 128)
             tensors[name] = meant if plain else q
             if not plain:
-                scale = scale[:, None, :, None].contiguous() if shape == "4d" else scale.reshape(scale.shape if shape is None else shape)
+                if shape == "4d":
+                    scale = scale[:, None, :, None].contiguous()
+                elif shape is not None:
+                    scale = scale.reshape(shape)
                 scale = scale.to(torch.float8_e8m0fnu) if spelling == "ue8m0" else scale
                 tensors[name.replace(".weight", f".{name_of_scale}")] = scale
                 tensors[name.replace(".weight", ".input_scale")] = torch.ones(())
@@ -201,7 +229,8 @@ def write_fp8(folder: Path, package: str, kind: str, spelling: str = "deepseek",
         if quantization is not ...:
             config["quantization_config"] = quantization
         else:
-            (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}))
+            quantization = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
+            (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": quantization}))
     return write_checkpoint(folder, config, **tensors)
 
 
@@ -221,29 +250,27 @@ def test_fp8_is_what_its_scales_mean(tmp_path, package, spelling):
     assert "activations and cache stay in a wider type" in note and "(input_scale, k_scale not used)" in note
 
 
+MLX = {"group_size": 64, "bits": 4}
 UNREADABLE = {
-    "awq": {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "modules_to_not_convert": ["x" * 50] * 99}},
-    "gptq": {"quantization_config": {"quant_method": "gptq", "bits": 8, "desc_act": False}},
-    "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}},
-    "bitsandbytes, no method": {"quantization_config": {"load_in_4bit": True}},
-    "mlx": {"quantization": {"group_size": 64, "bits": 4}, "quantization_config": {"group_size": 64, "bits": 4}},
-    "nvfp4": {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
-    "int4": {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {
-        "group_0": {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}}}, "ignore": ["x" * 60] * 99}},
-    "int8": {"quantization_config": {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {
-        "group_0": {"weights": {"num_bits": 8, "type": "int"}}}}},
-    "hadamard": {"quantization_config": {"quant_method": "compressed-tensors", "format": "float-quantized", "transform_config": {"R1": {}},
-                                         "config_groups": {"group_0": {"weights": W8}}}},
-    "sparse": {"quantization_config": {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"},
-                                       "config_groups": {"group_0": {"weights": W8}}}},
-    "e5m2": {"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}},
-    "blocks of one number": {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "modules_to_not_convert": ["x" * 50] * 99},
+    "gptq": {"quant_method": "gptq", "bits": 8, "desc_act": False},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "bitsandbytes, no method": {"load_in_4bit": True},
+    "mlx": MLX,
+    "nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "int4": compressed({"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}, format="pack-quantized",
+                       ignore=["x" * 60] * 99),
+    "int8": compressed({"num_bits": 8, "type": "int"}, format="int-quantized"),
+    "hadamard": compressed(W8, **FLOAT, transform_config={"R1": {}}),
+    "sparse": compressed(W8, sparsity_config={"format": "sparse-24-bitmask"}),
+    "e5m2": {"quant_method": "fp8", "fmt": "e5m2"},
+    "blocks of one number": {"quant_method": "fp8", "weight_block_size": [128]},
 }
 
 
-@pytest.mark.parametrize("changes", UNREADABLE.values(), ids=UNREADABLE)
-def test_other_quantised_weights_are_refused_in_a_short_sentence(tmp_path, package, changes):
-    write(tmp_path, package, **changes)
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_other_quantised_weights_are_refused_in_a_short_sentence(tmp_path, package, name):
+    write(tmp_path, package, quantization_config=UNREADABLE[name], **({"quantization": MLX} if name == "mlx" else {}))
     with pytest.raises(ValueError, match="get (such a|the) release") as error:
         module(package, "weights").load_model(tmp_path)
     assert is_one_sentence(error, tmp_path)
@@ -251,8 +278,9 @@ def test_other_quantised_weights_are_refused_in_a_short_sentence(tmp_path, packa
 
 # Other models and other files
 
-RUNS = {"zai-org/GLM-4.7-Flash": "deepseek_v3", "Qwen/Qwen3-32B-FP8-Static-PerTensor": "qwen3", "Qwen/Qwen3-30B-A3B-FP8": "qwen3_moe",
-        "Qwen/Qwen3-235B-A22B-FP8": "qwen3_moe", "nvidia/DeepSeek-V3.1-NVFP4": "deepseek_v3"}  # the last: its tensors tell
+RUNS = {"zai-org/GLM-4.7-Flash": "deepseek_v3", "Qwen/Qwen3-32B-FP8-Static-PerTensor": "qwen3",
+        "Qwen/Qwen3-30B-A3B-FP8": "qwen3_moe", "Qwen/Qwen3-235B-A22B-FP8": "qwen3_moe",
+        "nvidia/DeepSeek-V3.1-NVFP4": "deepseek_v3"}  # the last: its tensors tell
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -294,19 +322,25 @@ def touch(name: str, text: str = "{}"):
     return lambda folder: (folder / name).write_text(text)
 
 
-def add(**tensors: torch.Tensor):
-    return lambda folder: save_file(tensors_of(folder) | {n.replace("__", "."): t for n, t in tensors.items()}, folder / "model.safetensors")
+def add(name: str, tensor: torch.Tensor):
+    return lambda folder: save_file(tensors_of(folder) | {name: tensor}, folder / "model.safetensors")
+
+
+def without_prefix(folder: Path) -> None:
+    tensors = {name.removeprefix("model."): tensor for name, tensor in tensors_of(folder).items()}
+    save_file(tensors, folder / "model.safetensors")
 
 
 FOLDERS = {
-    "lora": (touch("adapter_config.json"), "a LoRA adapter .*merge"), "sentence transformers": (touch("modules.json", "[]"), "an embedding or reranking"),
+    "lora": (touch("adapter_config.json"), "a LoRA adapter .*merge"),
+    "sentence transformers": (touch("modules.json", "[]"), "an embedding or reranking"),
     "gguf": (lambda f: [p.unlink() for p in f.iterdir()] and touch("x.gguf")(f), "GGUF files, which llama.cpp runs"),
     "gguf with config": (lambda f: (f / "model.safetensors").rename(f / "x.gguf"), "only GGUF files"),
     "params.json": (lambda f: (f / "config.json").rename(f / "params.json"), "params.json and no config.json"),
-    "score": (add(score__weight=torch.ones(1, 40)), "score.weight is the head of a classifier or reward model"),
-    "value head": (add(v_head__summary__weight=torch.ones(1, 40)), "v_head.summary.weight is the head of"),
-    "eagle": (add(d2t=torch.ones(3)), "d2t is part of a draft model"),
-    "no prefix": (lambda f: save_file({n.removeprefix("model."): t for n, t in tensors_of(f).items()}, f / "model.safetensors"), "lack 'model.'"),
+    "score": (add("score.weight", torch.ones(1, 40)), "score.weight is the head of a classifier or reward model"),
+    "value head": (add("v_head.summary.weight", torch.ones(1, 40)), "v_head.summary.weight is the head of"),
+    "eagle": (add("d2t", torch.ones(3)), "d2t is part of a draft model"),
+    "no prefix": (without_prefix, "lack 'model.'"),
 }
 
 
@@ -319,15 +353,18 @@ def test_folders_of_something_else_are_said_to_be(tmp_path, package, damage, wha
 
 
 def test_fields_of_config_that_change_the_result_are_refused_by_name(tmp_path, package):
-    for name, value in {"is_causal": False, "dual_chunk_attention_config": {"chunk_size": 262144}, "llama_4_scaling": {"beta": 0.1},
-                        "index_topk": 2048, "swiglu_limit": 7.0, "final_logit_softcapping": 30.0, "attn_output_gate": True, "use_qk_norm": False,
-                        "repetition_penalty": 1.05, "num_beams": 4, "layer_types": ["full_attention"] * 2 + ["sliding_attention"]}.items():
+    for name, value in {
+            "is_causal": False, "dual_chunk_attention_config": {"chunk_size": 262144}, "llama_4_scaling": {"beta": 0.1},
+            "index_topk": 2048, "swiglu_limit": 7.0, "final_logit_softcapping": 30.0, "attn_output_gate": True,
+            "use_qk_norm": False, "repetition_penalty": 1.05, "num_beams": 4,
+            "layer_types": ["full_attention"] * 2 + ["sliding_attention"]}.items():
         write(tmp_path, package, **{name: value})
         with pytest.raises(ValueError, match=f"config.json: {name}") as error:
             module(package, "config").Config.from_checkpoint(tmp_path)
         assert is_one_sentence(error, tmp_path) and "['full" not in str(error.value)
-    write(tmp_path, package, is_causal=True, dual_chunk_attention_config=None, swiglu_limit=None, use_qk_norm=True, repetition_penalty=1.0,
-          num_beams=1, layer_types=["full_attention"] * 3, unsloth_version="2026.1", pretraining_tp=1, sliding_window=None)
+    write(tmp_path, package, is_causal=True, dual_chunk_attention_config=None, swiglu_limit=None, use_qk_norm=True,
+          repetition_penalty=1.0, num_beams=1, layer_types=["full_attention"] * 3, unsloth_version="2026.1",
+          pretraining_tp=1, sliding_window=None)
     module(package, "config").Config.from_checkpoint(tmp_path)
 
 
@@ -336,26 +373,31 @@ def test_fields_of_config_that_change_the_result_are_refused_by_name(tmp_path, p
 def sampling_of(folder: Path, package: str, generation: dict):
     (write(folder, package) / "generation_config.json").write_text(json.dumps(generation))
     config = module(package, "config").Config.from_checkpoint(folder)
-    return {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
-            if getattr(config, name) is not None}
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
 
 
 def test_what_generation_config_asks_for(tmp_path, package):
-    coder = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "pad_token_id": 1, "transformers_version": "4"}
-    assert sampling_of(tmp_path, package, coder) == {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
-    assert sampling_of(tmp_path, package, {"do_sample": True, "top_k": -1, "min_p": 0.05, "presence_penalty": -1.5}) == {
-        "temperature": 1.0, "min_p": 0.05, "presence_penalty": -1.5}
-    assert sampling_of(tmp_path, package, {"do_sample": False, "temperature": 0.7, "min_p": 0.1, "repetition_penalty": 2.0}) == {
-        "temperature": 0.0, "repetition_penalty": 2.0}
-    assert sampling_of(tmp_path, package, {"max_length": 5, "max_new_tokens": 2048, "use_cache": False, "_from_model_config": True,
-                                           "repetition_penalty": 1.0, "min_p": 0.0, "num_beams": 1, "suppress_tokens": None}) == {"temperature": 0.0}
+    coder = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
+    idle = {"max_length": 5, "max_new_tokens": 2048, "use_cache": False, "_from_model_config": True,
+            "repetition_penalty": 1.0, "min_p": 0.0, "num_beams": 1, "suppress_tokens": None}
+    for generation, expected in (
+            (coder | {"do_sample": True, "pad_token_id": 1, "transformers_version": "4"}, coder),
+            ({"do_sample": True, "top_k": -1, "min_p": 0.05, "presence_penalty": -1.5},
+             {"temperature": 1.0, "min_p": 0.05, "presence_penalty": -1.5}),
+            ({"do_sample": False, "temperature": 0.7, "min_p": 0.1, "repetition_penalty": 2.0},
+             {"temperature": 0.0, "repetition_penalty": 2.0}),
+            (idle, {"temperature": 0.0})):
+        assert sampling_of(tmp_path, package, generation) == expected
 
 
-TURNED_ON = {"no_repeat_ngram_size": 3, "num_beams": 4, "suppress_tokens": [1], "bad_words_ids": [[1]], "min_new_tokens": 5, "min_length": 3,
-             "typical_p": 0.9, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01, "forced_eos_token_id": 2, "begin_suppress_tokens": [2],
-             "sequence_bias": {"(1,)": 2.0}, "guidance_scale": 1.5, "encoder_repetition_penalty": 1.2, "penalty_alpha": 0.6, "top_h": 0.4,
-             "watermarking_config": {"bias": 2.0}, "frequency_penalty": 0.5, "forced_bos_token_id": 1, "token_healing": True,
-             "exponential_decay_length_penalty": [5, 1.1], "xtc_probability": 0.5, "num_beam_groups": 2, "dola_layers": "high"}
+TURNED_ON = {"no_repeat_ngram_size": 3, "num_beams": 4, "suppress_tokens": [1], "bad_words_ids": [[1]],
+             "min_new_tokens": 5, "min_length": 3, "typical_p": 0.9, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01,
+             "forced_eos_token_id": 2, "begin_suppress_tokens": [2], "sequence_bias": {"(1,)": 2.0},
+             "guidance_scale": 1.5, "encoder_repetition_penalty": 1.2, "penalty_alpha": 0.6, "top_h": 0.4,
+             "watermarking_config": {"bias": 2.0}, "frequency_penalty": 0.5, "forced_bos_token_id": 1,
+             "token_healing": True, "exponential_decay_length_penalty": [5, 1.1], "xtc_probability": 0.5,
+             "num_beam_groups": 2, "dola_layers": "high"}
 WRONG = {"repetition_penalty": 0, "min_p": 1.5, "presence_penalty": "1", "top_k": -2, "temperature": True}
 
 
@@ -374,7 +416,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 def test_fields_of_yarn_that_change_nothing_and_both_objects_when_they_agree(tmp_path, package):
     read = module(package, "config").Config.from_checkpoint
     plain = read(write(tmp_path, package, rope_scaling=YARN)).rope_scaling
-    for changes in ({"rope_scaling": YARN | {"partial_rotary_factor": 1.0, "finetuned": True, "max_position_embeddings": 256, "attn_factor": 1.0}},
+    idle = {"partial_rotary_factor": 1.0, "finetuned": True, "max_position_embeddings": 256, "attn_factor": 1.0}
+    for changes in ({"rope_scaling": YARN | idle},
                     {"rope_scaling": YARN, "rope_parameters": YARN | {"rope_theta": 1e4}}):
         assert read(write(tmp_path, package, **changes)).rope_scaling == plain
     for changes in ({"rope_scaling": YARN | {"partial_rotary_factor": 0.5}},
@@ -386,14 +429,17 @@ def test_fields_of_yarn_that_change_nothing_and_both_objects_when_they_agree(tmp
 
 def test_attn_factor_multiplies_what_yarn_puts_on_cos_and_sin(tmp_path, package):
     """DeepSeek-R1-0528-Qwen3-8B: 0.8782488562869419 is 1 / (0.1 ln 4 + 1), so that the factor is exactly 1."""
-    released = logits(package, write(tmp_path / "released", package, rope_scaling=YARN | {"attn_factor": 0.8782488562869419}))
-    one = logits(package, write(tmp_path / "one", package, rope_scaling=YARN | {"attention_factor": 1.0}))
-    without = logits(package, write(tmp_path / "without", package, rope_scaling=YARN))
-    assert torch.allclose(released, one, rtol=0, atol=1e-5 * float(one.abs().max())) and not torch.allclose(without, one, atol=1e-2)
+    def yarn(**changes: float) -> torch.Tensor:
+        return logits(package, write(tmp_path, package, rope_scaling=YARN | changes))
+
+    released, one, without = yarn(attn_factor=0.8782488562869419), yarn(attention_factor=1.0), yarn()
+    assert torch.allclose(released, one, rtol=0, atol=1e-5 * float(one.abs().max()))
+    assert not torch.allclose(without, one, atol=1e-2)
 
 
-@pytest.mark.parametrize("spelled, dtype", [("torch.bfloat16", torch.bfloat16), ("half", torch.float16), ("float", torch.float32), ("auto", None),
-                                            ("torch.half", torch.float16)])
+@pytest.mark.parametrize("spelled, dtype", [
+    ("torch.bfloat16", torch.bfloat16), ("half", torch.float16), ("float", torch.float32), ("auto", None),
+    ("torch.half", torch.float16)])
 def test_types_are_read_as_transformers_reads_them(tmp_path, package, spelled, dtype):
     for name in ("torch_dtype", "dtype"):
         folder = write(tmp_path, package, torch_dtype=None)
@@ -426,7 +472,7 @@ def hole(header: dict, body: bytes) -> tuple[bytes, bytes]:
     return json.dumps(header).encode(), body[:4096] + body
 
 
-DAMAGED = {"overlap": overlap, "hole": hole, "behind the end": lambda h, b: (json.dumps(h).encode(), b + b"\0" * 8),
+DAMAGED = {"overlap": overlap, "hole": hole, "after the end": lambda h, b: (json.dumps(h).encode(), b + b"\0" * 8),
            "a mark in front": lambda h, b: (b"\xef\xbb\xbf" + json.dumps(h).encode(), b),
            "metadata of numbers": lambda h, b: (json.dumps(h | {"__metadata__": {"a": 1}}).encode(), b),
            "twice": lambda h, b: (json.dumps(h).encode()[:-1] + b', "__metadata__": {}, "__metadata__": {}}', b)}
@@ -444,7 +490,7 @@ def test_what_the_library_refuses_is_refused(tmp_path, package, damage):
 
 
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
-def test_a_file_too_large_for_the_library_is_checked_all_the_same(tmp_path, monkeypatch, damage):
+def test_a_file_too_large_for_the_library_is_checked_too(tmp_path, monkeypatch, damage):
     """It maps a file in a way that Linux refuses for one larger than memory."""
     reader = module("qwen3", "engine.safetensors_reader")
     monkeypatch.setattr(reader, "check_with_library", lambda path: None)
@@ -472,8 +518,9 @@ def test_a_grid_of_blocks_is_not_taken_for_rows():
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_saving_and_copying_write_the_numbers_and_no_more(tmp_path, package, fp8):
-    folder = write_fp8(tmp_path, package, "block") if fp8 else write(tmp_path, package, torch.bfloat16, torch_dtype="bfloat16")
+def test_saving_and_copying_write_the_numbers_and_nothing_else(tmp_path, package, fp8):
+    folder = (write_fp8(tmp_path, package, "block") if fp8 else
+              write(tmp_path, package, torch.bfloat16, torch_dtype="bfloat16"))
     model = module(package, "weights").load_model(folder)
     state, size = model.state_dict(), sum(p.nbytes for p in model.parameters())
     saved = io.BytesIO()
@@ -489,16 +536,20 @@ def test_saving_and_copying_write_the_numbers_and_no_more(tmp_path, package, fp8
             assert torch.equal(other(IDS), model(IDS))
     saved.seek(0)
     again = torch.load(saved, weights_only=True)
-    assert set(again) == set(state) and all(torch.equal(again[name].float(), state[name].float()) for name in state)
+    assert set(again) == set(state)
+    assert all(torch.equal(again[name].float(), state[name].float()) for name in state)
 
 
 def test_freed_memory_heeds_ulimit_and_both_versions_of_cgroups(tmp_path, monkeypatch):
     memory = module("qwen3", "engine.memory")
     proc, root = tmp_path / "proc", tmp_path / "cgroup"
-    for name, text in {"proc/self/cgroup": "4:memory:/a/b\n1:cpu:/\n0::/c/d\n", "proc/self/status": "VmSize:\t 3000 kB\nVmData: 1000 kB\n",
+    for name, text in {"proc/self/cgroup": "4:memory:/a/b\n1:cpu:/\n0::/c/d\n",
+                       "proc/self/status": "VmSize:\t 3000 kB\nVmData: 1000 kB\n",
                        "proc/meminfo": "MemTotal: 9 kB\nMemAvailable:  5000 kB\n",
-                       "cgroup/memory/a/b/memory.limit_in_bytes": str((1 << 63) - 4096), "cgroup/memory/a/b/memory.usage_in_bytes": "5",
-                       "cgroup/memory/a/memory.limit_in_bytes": "9000000", "cgroup/memory/a/memory.usage_in_bytes": "5000000",
+                       "cgroup/memory/a/b/memory.limit_in_bytes": str((1 << 63) - 4096),
+                       "cgroup/memory/a/b/memory.usage_in_bytes": "5",
+                       "cgroup/memory/a/memory.limit_in_bytes": "9000000",
+                       "cgroup/memory/a/memory.usage_in_bytes": "5000000",
                        "cgroup/memory/a/memory.stat": "total_inactive_file 1000000\n",
                        "cgroup/c/d/memory.max": "max\n", "cgroup/c/d/memory.current": "7"}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -519,7 +570,8 @@ def test_a_stop_id_outside_the_vocabulary_is_passed_over_with_a_note(package, tm
     folder = write(tmp_path / "x", package)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 10**6]}))
     config, _ = module(package, "weights").read_checkpoint(folder)
-    assert config.eos_token_id == (5,) and sum("eos_token_id 1000000 is outside the vocabulary" in note for note in config.notes) == 1
+    assert config.eos_token_id == (5,)
+    assert sum("eos_token_id 1000000 is outside the vocabulary" in note for note in config.notes) == 1
 
 
 # Names of files and tensors
@@ -528,14 +580,16 @@ def test_a_stop_id_outside_the_vocabulary_is_passed_over_with_a_note(package, tm
 def test_names_of_a_wrapper_are_told(tmp_path, package, prefix):
     folder = write(tmp_path, package)
     save_file({prefix + name: tensor for name, tensor in tensors_of(folder).items()}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=f"its tensors are named {prefix}model.layers.0.input_layernorm.weight and not model.layers.0") as error:
+    wanted = f"its tensors are named {prefix}model.layers.0.input_layernorm.weight and not model.layers.0"
+    with pytest.raises(ValueError, match=wanted) as error:
         module(package, "weights").load_model(folder)
     assert is_one_sentence(error, folder)
 
 
 def test_an_adapter_within_the_file_is_told(tmp_path, package):
     folder = write(tmp_path, package)
-    save_file(tensors_of(folder) | {"model.layers.0.self_attn.o_proj.lora_A.weight": torch.ones(2, 2)}, folder / "model.safetensors")
+    adapter = {"model.layers.0.self_attn.o_proj.lora_A.weight": torch.ones(2, 2)}
+    save_file(tensors_of(folder) | adapter, folder / "model.safetensors")
     with pytest.raises(ValueError, match="lora_A.weight is part of a LoRA adapter that was not merged"):
         module(package, "weights").load_model(folder)
 
@@ -554,7 +608,8 @@ def test_a_link_to_nothing_or_to_itself_is_a_missing_part(tmp_path, package, tar
     folder = write(tmp_path, package)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(target)
-    with pytest.raises(FileNotFoundError, match="model.safetensors: this part of the checkpoint is missing; download it again"):
+    wanted = "model.safetensors: this part of the checkpoint is missing; download it again"
+    with pytest.raises(FileNotFoundError, match=wanted):
         module(package, "weights").load_model(folder)
 
 
@@ -612,9 +667,10 @@ def test_small_things_in_configs(tmp_path, package):
     change_config(folder, quantization_config={}, eos_token_id=[5, 10**6])
     (folder / "generation_config.json").write_text(json.dumps({"speculation_type": "mtp"}))
     assert torch.equal(logits(package, folder), before)
-    for changes, said in (({"architectures": ["Qwen3ForQuestionAnswering"]}, "this project runs text generators"),
-                          ({"model_type": "mixtral"}, "this project has no package for it, transformers or vLLM may run it"),
-                          ({"model_type": None}, "has no model_type")):
+    for changes, said in (
+            ({"architectures": ["Qwen3ForQuestionAnswering"]}, "this project runs text generators"),
+            ({"model_type": "mixtral"}, "this project has no package for it, transformers or vLLM may run it"),
+            ({"model_type": None}, "has no model_type")):
         change_config(folder, **changes)
         with pytest.raises(ValueError, match=said):
             logits(package, folder)
@@ -622,7 +678,8 @@ def test_small_things_in_configs(tmp_path, package):
 
 
 @pytest.mark.parametrize("package", MIXTURES)
-@pytest.mark.parametrize(("shape", "leaf"), [((), "_scale"), ((1,), "_scale_inv"), ((8,), "_scale"), ((8, 1, 1), "_scale_inv")])
+@pytest.mark.parametrize(("shape", "leaf"), [
+    ((), "_scale"), ((1,), "_scale_inv"), ((8,), "_scale"), ((8, 1, 1), "_scale_inv")])
 def test_fused_experts_with_one_scale_each_or_for_all(tmp_path, package, shape, leaf):
     folder = write(tmp_path, package)
     tensors = fuse(tensors_of(folder))
@@ -650,9 +707,11 @@ def test_a_draft_layer_whose_head_is_a_copy_in_fp8(tmp_path, other):
     save_file(tensors, folder / "model.safetensors")
     before = logits("deepseek_v3", folder)
     for name in ("lm_head", "model.layers.3.shared_head.head"):
-        tensors |= {f"{name}.weight": small.clone(), f"{name}.weight_scale_inv": scale * (2 if other and "shared" in name else 1)}
+        factor = 2 if other and "shared" in name else 1
+        tensors |= {f"{name}.weight": small.clone(), f"{name}.weight_scale_inv": scale * factor}
     save_file(tensors, folder / "model.safetensors")
     change_config(folder, quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"})
     assert torch.equal(logits("deepseek_v3", folder, dtype="float32"), before)
     config = module("deepseek_v3", "weights").load_model(folder).config
-    assert config.num_nextn_predict_layers == (0 if other else 1) and ("differs" in config.no_drafts) == other
+    assert config.num_nextn_predict_layers == (0 if other else 1)
+    assert ("differs" in config.no_drafts) == other

@@ -22,35 +22,40 @@ class Parser(argparse.ArgumentParser):
     """A parser with the flags that all packages have; a wrong one gets a sentence."""
 
     def __init__(self, what: str, default: str, embedded: str, question: str):
-        super().__init__(prog=f"python -m {PACKAGE}.main", description=f"Generate text with {what}.", allow_abbrev=False)
+        name = f"python -m {PACKAGE}.main"
+        super().__init__(prog=name, description=f"Generate text with {what}.", allow_abbrev=False)
         add = self.add_argument
-        add("-m", "--model", metavar="NAME_OR_FOLDER", help="a folder, a name under checkpoints/, or OWNER/NAME as on the Hugging "
-            f"Face hub, if it was downloaded; default {default} if downloaded, else {embedded}")
-        add("-p", "--prompt", help='the question, or the text to continue for a Base checkpoint; "-" reads standard input, and so '
-            f'does a pipe without -p; default "{question}"')
+        add("-m", "--model", metavar="NAME_OR_FOLDER",
+            help="a folder, a name under checkpoints/, or OWNER/NAME as on the Hugging Face hub, if it was downloaded; "
+                 f"default {default} if downloaded, else {embedded}")
+        add("-p", "--prompt",
+            help='the question, or the text to continue for a Base checkpoint; "-" reads standard input, and so does a '
+                 f'pipe without -p; default "{question}"')
         add("-n", "--max-new-tokens", type=int, metavar="N", help=f"end after N tokens; default {MAX_NEW_TOKENS}")
-        add("-t", "--temperature", type=float, metavar="T", help="0 always takes the likeliest token; default: the checkpoint's")
-        add("-k", "--top-k", type=int, metavar="K", help="sample from the K likeliest, 0 from all; default: the checkpoint's")
-        add("--top-p", type=float, metavar="P", help="sample from the likeliest that reach P; default: the checkpoint's")
-        add("--min-p", type=float, metavar="P", help="sample from those at least P times as likely as the likeliest; default: the "
-            "checkpoint's")
-        add("--repetition-penalty", type=float, metavar="R", help="above 1 makes tokens that were there less likely; default: the "
-            "checkpoint's")
-        add("--presence-penalty", type=float, metavar="A", help="subtract A from the logits of tokens that the answer has; default: "
-            "the checkpoint's")
+        for *flags, kind, letter, what in (
+                ("-t", "--temperature", float, "T", "0 always takes the likeliest token"),
+                ("-k", "--top-k", int, "K", "sample from the K likeliest, 0 from all"),
+                ("--top-p", float, "P", "sample from the likeliest that reach P"),
+                ("--min-p", float, "P", "sample from those at least P times as likely as the likeliest"),
+                ("--repetition-penalty", float, "R", "above 1 makes tokens that were there less likely"),
+                ("--presence-penalty", float, "A", "subtract A from the logits of tokens that the answer has")):
+            add(*flags, type=kind, metavar=letter, help=f"{what}; default: the checkpoint's")
         thinking = self.add_mutually_exclusive_group()
-        thinking.add_argument("--thinking", action="store_true", default=None, help="reason before answering (the default)")
-        thinking.add_argument("--no-thinking", action="store_false", dest="thinking", help="answer without reasoning")
+        add_switch = thinking.add_argument
+        add_switch("--thinking", action="store_true", default=None, help="reason before answering (the default)")
+        add_switch("--no-thinking", action="store_false", dest="thinking", help="answer without reasoning")
         add("--system", metavar="TEXT", help="a system prompt")
         add("--chat", action="store_true", help="a conversation; in it, /help shows the commands")
-        add("--chat-format", metavar="NAME", help='how a conversation is written, where the checkpoint\'s template is not known; '
-            '"plain" continues plain text')
+        add("--chat-format", metavar="NAME",
+            help="how a conversation is written, where the checkpoint's template is not known; "
+                 '"plain" continues plain text')
         add("--seed", type=int, metavar="N", help="repeat the same random choices")
         add("-d", "--device", help="cpu, cuda, cuda:1, mps; default: the fastest that is there")
-        decode = self.add_mutually_exclusive_group()
-        decode.add_argument("--plain", action="store_true", help="run the lesson's code alone, without the faster parts of engine/")
-        decode.add_argument("--compile", action="store_true", help="compile the decode step: half a minute of waiting once, "
-                            "then faster on a GPU")
+        step = self.add_mutually_exclusive_group().add_argument
+        step("--plain", action="store_true",
+             help="run the code of the lesson alone, without the faster parts of engine/")
+        step("--compile", action="store_true",
+             help="compile the decode step: half a minute of waiting once, then faster on a GPU")
         add("--dtype", choices=DTYPES, help="default: the checkpoint's own (FP8 weights stay FP8)")
 
     def error(self, message: str) -> NoReturn:
@@ -60,7 +65,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def find_question(arguments: argparse.Namespace) -> str | None:
-    """The question of -p or of a pipe; None where the program has to ask one of its own. ValueError if it is empty."""
+    """The question of -p or of a pipe; None where the program has to ask one itself. ValueError if it is empty."""
     if arguments.chat:
         if arguments.prompt is not None:
             raise ValueError("--chat asks for its questions itself; leave out -p")
@@ -76,7 +81,7 @@ def find_question(arguments: argparse.Namespace) -> str | None:
 
 
 def read_standard_input(wanted: bool) -> str | None:
-    """All of it as text; None where nothing can come from there. A terminal or a device is read only if that is wanted."""
+    """All of it as text; None where nothing can come from there. A terminal or a device is read only if wanted."""
     stream = sys.stdin
     try:
         if stream is None or (is_terminal(stream) and not wanted):
@@ -100,15 +105,17 @@ def read_standard_input(wanted: bool) -> str | None:
 
 # The folder of a checkpoint
 
-def find_checkpoint(name: str | None, checkpoints: Path, default: str, embedded: str, download: str) -> tuple[Path, list[str]]:
+def find_checkpoint(name: str | None, checkpoints: Path, default: str, embedded: str,
+                    download: str) -> tuple[Path, list[str]]:
     """(The folder of a name or path; notes.) Without a name the published default, else the embedded checkpoint."""
     if name is None:
         if is_whole(checkpoints / default):
             return checkpoints / default, []
         begun = any((checkpoints / default).glob("*"))
-        why = f"the download of {default} is not finished (`{download}` goes on)" if begun else (
-            f"{default} is not downloaded (`{download}` gets it)")
-        return checkpoints / embedded, [f"{why}: using {embedded}, which knows only the words of this repository and sums"]
+        why = (f"the download of {default} is not finished (`{download}` goes on)" if begun else
+               f"{default} is not downloaded (`{download}` gets it)")
+        knows = f"using {embedded}, which knows only the words of this repository and sums"
+        return checkpoints / embedded, [f"{why}: {knows}"]
     short = name if len(name) <= 80 else f"{name[:38]}…{name[-40:]}"
     try:
         with suppress(RuntimeError):  # "~" where no home is known
@@ -123,9 +130,10 @@ def find_checkpoint(name: str | None, checkpoints: Path, default: str, embedded:
                     raise ValueError(f"{short}: its download is not finished; `{download} {folder.name}` goes on")
                 return folder, []
         if Path(name).is_file():
-            what = ("a GGUF file, and this project reads safetensors; get the checkpoint that it was made from"
-                    if name.lower().endswith(".gguf") else f"a file, and a checkpoint is a folder: {Path(name).resolve().parent}?")
-            raise ValueError(f"{short} is {what}")
+            if name.lower().endswith(".gguf"):
+                raise ValueError(f"{short} is a GGUF file, and this project reads safetensors; get the checkpoint that "
+                                 "it was made from")
+            raise ValueError(f"{short} is a file, and a checkpoint is a folder: {Path(name).resolve().parent}?")
     except OSError as error:  # a name that no file can have
         raise ValueError(f"{short}: {error.strerror}") from None
     there = sorted(path.parent.name for path in checkpoints.glob("*/config.json"))
@@ -138,7 +146,8 @@ def is_whole(folder: Path, parts: bool = False) -> bool:
     """Whether config.json and all weights are there and, unless `parts`, no file whose download is not finished."""
     files = {path.name for path in folder.glob("*.safetensors")}
     with suppress(OSError, ValueError, AttributeError, TypeError):  # a damaged index has its own sentence, later
-        files = files and files.issuperset(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values())
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        files = files and files.issuperset(index["weight_map"].values())
     return (folder / "config.json").is_file() and bool(files) and (parts or not any(folder.rglob("*.part")))
 
 

@@ -1,12 +1,12 @@
 """The chat formats that are known, each as data, and the code that writes a conversation in them.
 
-    ChatML            <|im_start|>user\\nquestion<|im_end|>\\n<|im_start|>assistant\\n          Qwen and most fine-tunes of it
-    DeepSeek          <｜begin▁of▁sentence｜><｜User｜>question<｜Assistant｜>                   V3, R1, V3.1 and distilled models
+    ChatML            <|im_start|>user\\nquestion<|im_end|>\\n<|im_start|>assistant\\n   Qwen and most fine-tunes of it
+    DeepSeek          <｜begin▁of▁sentence｜><｜User｜>question<｜Assistant｜>            V3, R1, V3.1, distilled models
     Moonlight, Kimi   <|im_user|>user<|im_middle|>question<|im_end|><|im_assistant|>assistant<|im_middle|>
-    GLM               [gMASK]<sop><|user|>question<|assistant|>                               GLM-4.5, GLM-4.7
+    GLM               [gMASK]<sop><|user|>question<|assistant|>                        GLM-4.5, GLM-4.7
 
-Within a family, formats differ in few things, and those are the fields of Format. A conversation becomes a list of
-texts and special tokens (class Special): text of a message never becomes a special token, however it is spelled.
+Within a family, formats differ in a few things, which are the fields of Format. A conversation becomes a list of texts
+and special tokens (class Special): text of a message never becomes a special token, however it is spelled.
 """
 
 import re
@@ -28,17 +28,19 @@ SPELLED = sorted({*sum(MARKERS.values(), ()), BOS, THINK, END_THINK, "/nothink"}
 
 # Added tokens of the published tokenizers that a text never becomes, though most are not marked as special there.
 PUBLISHED = frozenset(
-    [*SPELLED, "<|endoftext|>", "<|EOT|>", "[BOS]", "[EOS]", "[UNK]", "[PAD]", "[MASK]", "[sMASK]", "<eop>", "<|observation|>"]
+    [*SPELLED, *("<|endoftext|> <|EOT|> [BOS] [EOS] [UNK] [PAD] [MASK] [sMASK] <eop> <|observation|>").split()]
     + [f"<|{name}|>" for name in (
-        "object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start vision_end vision_pad image_pad "
-        "video_pad fim_prefix fim_middle fim_suffix fim_pad repo_name file_sep start_header_id end_header_id eot_id "
-        "tool_calls_section_begin tool_calls_section_end tool_call_begin tool_call_argument_begin tool_call_end media_start "
-        "media_content media_end media_pad begin_of_image end_of_image begin_of_video end_of_video begin_of_audio end_of_audio "
-        "begin_of_transcription end_of_transcription image audio video code_prefix code_middle code_suffix begin_of_box end_of_box").split()]
+        "object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start vision_end vision_pad "
+        "image_pad video_pad fim_prefix fim_middle fim_suffix fim_pad repo_name file_sep start_header_id end_header_id "
+        "eot_id tool_calls_section_begin tool_calls_section_end tool_call_begin tool_call_argument_begin tool_call_end "
+        "media_start media_content media_end media_pad begin_of_image end_of_image begin_of_video end_of_video "
+        "begin_of_audio end_of_audio begin_of_transcription end_of_transcription image audio video code_prefix "
+        "code_middle code_suffix begin_of_box end_of_box").split()]
     + [f"<{slash}{name}>" for slash in ("", "/") for name in "tool_call tool_response tools arg_key arg_value".split()]
     + [f"<\uff5c{name}\uff5c>".replace(" ", "\u2581") for name in (
         " pad ", "fim hole", "fim begin", "fim end", "search begin", "search end", "tool calls begin", "tool calls end",
-        "tool call begin", "tool call end", "tool outputs begin", "tool outputs end", "tool output begin", "tool output end", "tool sep")])
+        "tool call begin", "tool call end", "tool outputs begin", "tool outputs end", "tool output begin",
+        "tool output end", "tool sep")])
 NUMBERED = re.compile("<\uff5cplace\u2581holder\u2581no\u2581\\d+\uff5c>|<\\|reserved_\\w*\\d+\\|>")
 
 
@@ -60,8 +62,8 @@ class Format:
     trim: bool = False  # white space around every content is cut
     # DeepSeek's only:
     systems: str = "joined"  # several system messages are "joined", or the "last" one counts
-    header: str = "answer"  # what writes the answer's header: each "answer", each "question", or an answer after a question
-    opens: str = "always"  # the prompt ends with the header "always", "unless asked" (the question wrote it), "when asked"
+    header: str = "answer"  # written by each "answer", each "question", or an answer "after question"
+    opens: str = "always"  # when the prompt ends with it: "always", "unless asked" (a question wrote it), "when asked"
     closed: bool = False  # </think> before each earlier answer
 
 
@@ -86,7 +88,8 @@ FORMATS = known(
            history="after first thought", closed=True),
     Format("moonlight", "kimi", "never", system="You are a helpful assistant provided by Moonshot-AI."),
     Format("kimi-k2", "kimi", "never", system="You are a helpful assistant"),
-    Format("kimi-k2-thinking", "kimi", "always", system="You are Kimi, an AI assistant created by Moonshot AI.", closed=True),
+    Format("kimi-k2-thinking", "kimi", "always", system="You are Kimi, an AI assistant created by Moonshot AI.",
+           closed=True),
     Format("glm-4.5", "glm", "switch", ("", "\n<think></think>")),
     Format("glm-4.7", "glm", "switch", ("<think>", "</think>"), history="untrimmed"))
 # Which format to take where only the vocabulary is known.
@@ -116,10 +119,11 @@ def render(format: Format, messages: list[dict[str, str]], thinking: bool) -> li
 
 
 def check_message(message: dict[str, str]) -> str:
-    """The role, if the message is one that can be written down."""
+    """The role of a message; ValueError if the message cannot be rendered."""
     role = message.get("role")
     if role not in ("system", "user", "assistant") or message.get("tool_calls") is not None:
-        raise ValueError(f"a message has role {str(role)[:40]!r}; known are system, user and assistant, without tool calls")
+        raise ValueError(f"a message has role {str(role)[:40]!r}; known are system, user and assistant, without tool "
+                         "calls")
     if not isinstance(message.get("content"), str):
         raise ValueError(f"the content of a message of role {role!r} is not text")
     return role
@@ -148,10 +152,15 @@ def with_default_system(format: Format, messages: list[dict[str, str]]) -> list[
 def remembered(format: Format, message: dict[str, str], asked_later: bool, last: bool) -> list[str]:
     """An answer of the history. Reasoning is mostly left out: it was needed once, and would fill the context.
 
-    whole: as it is. answer: what follows </think>, without newlines before it; "answer, last whole" except the conversation's
-    last message; "answer, if thought" with its newlines where it has no </think>; "after thought" always with them.
-    last question: reasoning stays in what follows the last question, and the very last message has it even if empty;
-    "last question, if any" except an empty one. kept: always, even an empty one; "kept, if any" except an empty one.
+    whole                  as it is
+    answer                 what follows </think>, without the newlines before it
+    answer, last whole     the same, except the conversation's last message, which stays as it is
+    answer, if thought     the same, except an answer without </think>, which keeps its newlines
+    after thought          what follows </think>, with its newlines
+    last question          reasoning stays in what follows the last question, in the very last message even if empty
+    last question, if any  the same, except empty reasoning
+    kept                   reasoning always stays, even if empty
+    kept, if any           the same, except empty reasoning
     """
     history = format.history
     if history == "whole" or (history == "answer, last whole" and last):
@@ -169,7 +178,7 @@ def remembered(format: Format, message: dict[str, str], asked_later: bool, last:
 
 
 def last_question(messages: list[dict[str, str]]) -> int:
-    """Its index; a tool's result in a user's turn is no question. Without any question: the last index."""
+    """Its index; a tool's result in a user's turn is not a question. Without any question: the last index."""
     questions = [i for i, message in enumerate(messages) if message["role"] == "user" and not (
         message["content"].startswith("<tool_response>") and message["content"].endswith("</tool_response>"))]
     return questions[-1] if questions else len(messages) - 1
@@ -195,7 +204,8 @@ def deepseek(format: Format, messages: list[dict[str, str]], opening: str) -> li
     for i, message in enumerate(messages):
         content = message["content"]
         if message["role"] == "user":
-            by_question = format.header == "question" or (format.header == "question, not the last" and i < len(messages) - 1)
+            is_last = i == len(messages) - 1
+            by_question = format.header == "question" or (format.header == "question, not the last" and not is_last)
             parts += [Special(USER), content, *(header if by_question else [])]
             asked = True
         elif message["role"] == "assistant":
@@ -231,7 +241,8 @@ def glm(format: Format, messages: list[dict[str, str]], opening: str) -> list[st
             parts += ["\n" * older + content, *literal("/nothink" * quiet)]
             continue
         reasoning, answer = split_reasoning(message)
-        if format.history == "untrimmed" and not isinstance(message.get("reasoning_content"), str):  # newlines alone count as reasoning
+        if format.history == "untrimmed" and not isinstance(message.get("reasoning_content"), str):
+            # Newlines alone count as reasoning here.
             reasoning = content.split(END_THINK)[0].split(THINK)[-1] if END_THINK in content else ""
         thought = [Special(THINK), reasoning.strip(), Special(END_THINK)] if i > asked and reasoning else literal(
             "<think></think>" if older else END_THINK)

@@ -10,41 +10,57 @@ from dataclasses import replace
 
 from .chat_formats import ASSISTANT, BOS, EOS, FORMATS, USER, Format
 from .chatml_shapes import chatml, thinks, with_name
-from .template_reader import STRING
+from .template_expressions import STRING
 
 # DeepSeek.
-JOINED = ("for message in messages\n  if message.role == 'system'\n    if ns.is_first_sp\n      set ns.system_prompt = ns.system_prompt + content\n"
-          "      set ns.is_first_sp = false\n    else\n      set ns.system_prompt = ns.system_prompt + '\\n\\n' + content\n")
+JOINED = """for message in messages
+  if message.role == 'system'
+    if ns.is_first_sp
+      set ns.system_prompt = ns.system_prompt + content
+      set ns.is_first_sp = false
+    else
+      set ns.system_prompt = ns.system_prompt + '\\n\\n' + content
+"""
 LAST = "for message in messages\n  if message.role == 'system'\n    set ns.system_prompt = content\n"
+VARIABLES = "|".join([r"is_first=\w+", r"is_output_first=\w+", "is_tool=false", "system_prompt=''", "is_first_sp=true",
+                      "is_last_user=false"])
+BEGIN = rf"set ns = namespace\((?P<begin>(?:(?:{VARIABLES})(?:, |(?=\))))+)\)\n"
+SYSTEM = rf"(?P<systems>{re.escape(JOINED)}|{re.escape(LAST)})out (?:bos_token|'{BOS}') \+ ns\.system_prompt\n"
 ASKED = r"(?:{0}set ns\.is_last_user = {1}\n)?"
-QUESTION = (rf"  if message\.role == 'user'\n{ASKED.format('    ', 'true')}"
-            rf"(?:    out '{USER}' \+ content(?P<header> \+ '{ASSISTANT}')?\n"
-            rf"|    if loop\.index0 == last_index\n      out '{USER}' \+ content\n    else\n      out '{USER}' \+ content \+ '{ASSISTANT}'\n(?P<but_last>))")
-STRIP = (r"if '</think>' in content\n{0}  set content = content\.split\('</think>'(?P<one>, 1\)\[1\]|\)\._last)\n")
-ANSWER = (rf"(?:  (?:el)?if message\.role == 'assistant'\n    {STRIP.format('    ')})?  (?:el)?if message\.role == 'assistant'\n"
-          rf"(?P<asked>    if ns\.is_last_user\n      out '{ASSISTANT}(?P<closed></think>)?'\n)?{ASKED.format('    ', 'false')}"
-          rf"(?:    {STRIP.format('    ').replace('one', 'one2')})?    out (?P<own>'{ASSISTANT}' \+ )?content \+ '{EOS}'\n")
-OPENS = (rf"(?P<when>if (?:not )?ns\.is_last_user\n)?(?P<blank>  )?out '{ASSISTANT}(?P<open>(?:\\.|[^'\\])*)'\n"
-         rf"(?:(?P=blank)?if (?P<test>(?:not )?(?:enable_)?thinking)\n *out (?P<then>{STRING})\n(?: *else\n *out (?P<other>{STRING})\n)?)?")
+QUESTION = (
+    rf"  if message\.role == 'user'\n{ASKED.format('    ', 'true')}"
+    rf"(?:    out '{USER}' \+ content(?P<header> \+ '{ASSISTANT}')?\n"
+    rf"|    if loop\.index0 == last_index\n      out '{USER}' \+ content\n"
+    rf"    else\n      out '{USER}' \+ content \+ '{ASSISTANT}'\n(?P<not_the_last>))")
+STRIP = r"if '</think>' in content\n{0}  set content = content\.split\('</think>'(?P<{1}>, 1\)\[1\]|\)\._last)\n"
+ANSWER = (
+    rf"(?:  (?:el)?if message\.role == 'assistant'\n    {STRIP.format('    ', 'one')})?"
+    r"  (?:el)?if message\.role == 'assistant'\n"
+    rf"(?P<asked>    if ns\.is_last_user\n      out '{ASSISTANT}(?P<closed></think>)?'\n)?"
+    rf"{ASKED.format('    ', 'false')}"
+    rf"(?:    {STRIP.format('    ', 'other_one')})?    out (?P<own>'{ASSISTANT}' \+ )?content \+ '{EOS}'\n")
+OPENS = (
+    rf"(?P<when>if (?:not )?ns\.is_last_user\n)?(?P<blank>  )?out '{ASSISTANT}(?P<open>(?:\\.|[^'\\])*)'\n"
+    rf"(?:(?P=blank)?if (?P<test>(?:not )?(?:enable_)?thinking)\n *out (?P<then>{STRING})\n"
+    rf"(?: *else\n *out (?P<other>{STRING})\n)?)?")
 
 
 def deepseek(text: str) -> Format | None:
-    bos = rf"out (?:bos_token|'{BOS}') \+ ns\.system_prompt\n"
-    begin = r"set ns = namespace\((?P<begin>(?:(?:is_first=\w+|is_output_first=\w+|is_tool=false|system_prompt=''|is_first_sp=true|"
-    begin += r"is_last_user=false)(?:, |(?=\))))+)\)\n"
-    found = re.fullmatch(rf"{begin}(?P<systems>{re.escape(JOINED)}|{re.escape(LAST)}){bos}for message in messages\n{QUESTION}{ANSWER}{OPENS}", text)
+    found = re.fullmatch(rf"{BEGIN}{SYSTEM}for message in messages\n{QUESTION}{ANSWER}{OPENS}", text)
     if not found:
         return None
     group = found.groupdict()
-    header = ("question, not the last" if group["but_last"] is not None else "question" if group["header"] else
+    header = ("question, not the last" if group["not_the_last"] is not None else "question" if group["header"] else
               "after question" if group["asked"] else "answer" if group["own"] else None)
     if header is None or (bool(group["own"]) != (header == "answer")):
         return None
-    if "system_prompt=''" not in group["begin"] or ("is_first_sp=true" not in group["begin"] and group["systems"] == JOINED):
+    joins = group["systems"] == JOINED
+    if "system_prompt=''" not in group["begin"] or ("is_first_sp=true" not in group["begin"] and joins):
         return None
-    if (group["when"] or group["asked"]) and not all(f"set ns.is_last_user = {value}\n" in text for value in ("true", "false")):
+    sets_both = all(f"set ns.is_last_user = {value}\n" in text for value in ("true", "false"))
+    if (group["when"] or group["asked"]) and not sets_both:
         return None
-    cut = group["one"] or group["one2"]
+    cut = group["one"] or group["other_one"]
     on = off = ast.literal_eval(f"'{group['open']}'")
     if group["test"]:
         then, other = ast.literal_eval(group["then"]), ast.literal_eval(group["other"] or "''")
@@ -53,17 +69,20 @@ def deepseek(text: str) -> Format | None:
     thinking = thinks(on, off)
     format = Format("", "deepseek", "always" if thinking == "never" and cut else thinking, (on, off), header=header,
                     history="whole" if not cut else "after first thought" if cut.startswith(",") else "after thought",
-                    systems="joined" if group["systems"] == JOINED else "last", closed=bool(group["closed"]),
+                    systems="joined" if joins else "last", closed=bool(group["closed"]),
                     opens="always" if not when else "unless asked" if "not " in when else "when asked")
     return with_name(format)
 
 
 # Moonlight and Kimi: the marker of each role may be written apart from its name.
+KIMI_ROLE = r"  (?:el)?if message\.role == '{role}'\n    out '<\|im_{role}\|>{name}'\n"
+KIMI_ROLES = ("system", "user", "assistant")
 KIMI_TURNS = [
-    "(?:" + "|".join(rf"  (?:el)?if message\.role == '{role}'\n    out '<\|im_{role}\|>{name.format(role=role)}'\n" for role in ("system", "user", "assistant"))
+    "(?:" + "|".join(KIMI_ROLE.format(role=role, name=name.format(role=role)) for role in KIMI_ROLES)
     + "){3}" + rest + r"content \+ '<\|im_end\|>'\n"
     for name, rest in ((r"{role}<\|im_middle\|>", "  out "), ("", r"  out message\.role \+ '<\|im_middle\|>' \+ "))]
-KIMI_SYSTEM = r"if (?:\(loop\.first and )?(?:messages\[0\]|message)\.role != 'system'\)?\n{0}  out (?P<{1}>" + STRING + r")\n"
+KIMI_SYSTEM = (r"if (?:\(loop\.first and )?(?:messages\[0\]|message)\.role != 'system'\)?\n"
+               r"{0}  out (?P<{1}>" + STRING + r")\n")
 KIMI_OPENING = r"out '<\|im_assistant\|>assistant<\|im_middle\|>(?P<open>[^']*)'\n"
 KIMI_THINKING = """for message in hist_msgs
   out set_roles(message)
@@ -89,15 +108,16 @@ for idx in range(messages|length-1, -1, -1)
 set hist_msgs = messages[:ns.last_non_tool_call_assistant_msg + 1]
 set suffix_msgs = messages[ns.last_non_tool_call_assistant_msg + 1:]
 """
-KIMI_ROLES = ["set role_name = message.name or message.role",
-              "if message.role == 'user'", "  out '<|im_user|>' + role_name + '<|im_middle|>'",
-              "elif message.role == 'assistant'", "  out '<|im_assistant|>' + role_name + '<|im_middle|>'",
-              "else", "  out '<|im_system|>' + role_name + '<|im_middle|>'"]
+KIMI_SET_ROLES = [
+    "set role_name = message.name or message.role",
+    "if message.role == 'user'", "  out '<|im_user|>' + role_name + '<|im_middle|>'",
+    "elif message.role == 'assistant'", "  out '<|im_assistant|>' + role_name + '<|im_middle|>'",
+    "else", "  out '<|im_system|>' + role_name + '<|im_middle|>'"]
 
 
 def kimi(text: str, macros: dict[str, list[str]]) -> Format | None:
-    thinking = macros.get("set_roles") == KIMI_ROLES and macros.get("render_content", [""])[0] == "set c = content" and (
-        writes_text(macros["render_content"][1:], "c"))
+    first, *rest = macros.get("render_content") or [""]
+    thinking = macros.get("set_roles") == KIMI_SET_ROLES and first == "set c = content" and writes_text(rest, "c")
     loops = [rf"for message in messages\n(?:  {KIMI_SYSTEM.format('  ', 'inner')})?{turns}" for turns in KIMI_TURNS]
     loops += [re.escape(KIMI_THINKING) + "(?P<thought>)"] if thinking else []
     split = re.escape(KIMI_SPLIT) if "hist_msgs" in text else ""
@@ -116,9 +136,10 @@ def kimi(text: str, macros: dict[str, list[str]]) -> Format | None:
         system = inside[1]
     on = ast.literal_eval(f"'{group['open']}'")
     thought = "thought" in group
-    format = Format("", "kimi", "always" if thought or thinks(on, on) == "always" else "never", (on, on), system, closed=thought)
     names = {FORMATS[name].system: name for name in ("moonlight", "kimi-k2", "kimi-k2-thinking")}
-    return replace(format, name="kimi-k2-thinking" if thought else names.get(system, "moonlight"))
+    name = "kimi-k2-thinking" if thought else names.get(system, "moonlight")
+    thinking = "always" if thought or thinks(on, on) == "always" else "never"
+    return Format(name, "kimi", thinking, (on, on), system, closed=thought)
 
 
 GLM_REASONING = """    if message.reasoning_content is string
@@ -165,7 +186,12 @@ if not enable_thinking
 else
   out '<think>'
 """}
-GLM_LATER = r"\((?:\((?:clear_thinking is defined and )?not clear_thinking\)? or )?loop\.index0 > ns\.last_user_index\)? and reasoning_content\)"
+# Two published spellings of "the answer follows the last question, or thoughts are kept".
+GLM_LATER = "(?:" + "|".join([
+    r"\((?:\((?:clear_thinking is defined and )?not clear_thinking\)? or )?loop\.index0 > ns\.last_user_index\)? and "
+    r"reasoning_content\)",
+    r"\(\(\(clear_thinking is defined and not clear_thinking\) or loop\.index0 > ns\.last_user_index\) and "
+    r"reasoning_content\)"]) + ")"
 GLM_START = """out '[gMASK]<sop>'
 set ns = namespace(last_user_index=-1)
 for message in messages
@@ -176,22 +202,24 @@ for message in messages
 
 
 def glm(text: str) -> Format | None:
-    text = text.replace("    out '<|assistant|>'\n    set reasoning_content = ''\n", "    out '<|assistant|>'\n").replace("\\u200b", "")
+    opens = "    out '<|assistant|>'\n"
+    text = text.replace(opens + "    set reasoning_content = ''\n", opens).replace("\\u200b", "")
     trims = [(r".rstrip('\n').split('<think>')._last.lstrip('\n')", r".lstrip('\n')"), (".split('<think>')._last", "")]
     for name, body in GLM.items():
         for first, second in trims:
             whole = re.escape(GLM_START + body.replace("REASONING", GLM_REASONING.format(trims=first, trim=second)))
-            whole = whole.replace("LATER", rf"(?:{GLM_LATER}|\(\(\(clear_thinking is defined and not clear_thinking\) or loop\.index0 > "
-                                  r"ns\.last_user_index\) and reasoning_content\))")
-            if re.fullmatch(whole, text):
+            if re.fullmatch(whole.replace("LATER", GLM_LATER), text):
                 return replace(FORMATS[name], history="whole" if first == trims[0][0] else "untrimmed")
     return None
 
 
 def writes_text(body: list[str], name: str) -> bool:
     """Whether a macro only writes its argument where that is a text."""
-    return body[:2] == [f"if {name} is string", f"  out {name}"] and all(line.startswith(("  ", "elif ", "else")) for line in body[2:]) and (
-        not body[2:] or not body[2].startswith(" "))
+    if body[:2] != [f"if {name} is string", f"  out {name}"]:
+        return False
+    others = body[2:]
+    is_one_statement = all(line.startswith(("  ", "elif ", "else")) for line in others)
+    return not others or (is_one_statement and not others[0].startswith(" "))
 
 
 def recognise(statements: list[str], macros: dict[str, list[str]]) -> Format | None:

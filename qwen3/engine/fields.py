@@ -1,4 +1,4 @@
-"""A JSON file's fields, each read as the type that it must have; an error names the file, the field and what is wrong."""
+"""The fields of a JSON file, each read as the type that it must have; an error names file, field and what is wrong."""
 
 import json
 import math
@@ -29,7 +29,8 @@ class Fields:
 
     def number(self, name: str, default: float | None = None, zero: bool = False) -> float:
         value = self.required(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 2**31 or not (value or zero):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 <= value < 2**31 or not (value or zero):
             raise ValueError(f"{self.path}: {name} is {short(value)}, expected a positive number")
         return float(value)
 
@@ -58,7 +59,7 @@ class Fields:
         return value
 
     def dtype(self) -> torch.dtype | None:
-        """`dtype` or `torch_dtype`; None where the file does not say, and the tensors decide."""
+        """`dtype` or `torch_dtype`; None where the file has neither, and the tensors decide."""
         name = "dtype" if self.get("dtype") is not None else "torch_dtype"
         value = self.get(name)
         spelled = value.removeprefix("torch.") if isinstance(value, str) else value
@@ -68,14 +69,15 @@ class Fields:
         return DTYPES.get(spelled)
 
     def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...] | None:
-        """One id or a list of them; None where the file does not say."""
+        """One id or a list of them; None where the file has none."""
         value = self.get(name)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         for id in ids:
             if type(id) is not int or id < 0:
                 raise ValueError(f"{self.path}: {name} is {short(id)}: expected token ids below {vocab_size}")
         if beyond := [id for id in ids if id >= vocab_size]:
-            self.notes.append(f"{self.path.name}: {name} {short(beyond[0])} is outside the vocabulary of {vocab_size} and not used")
+            outside = f"is outside the vocabulary of {vocab_size} and not used"
+            self.notes.append(f"{self.path.name}: {name} {short(beyond[0])} {outside}")
         return None if value is None else tuple(id for id in ids if id < vocab_size)
 
     def refuse(self, name: str, why: str):
@@ -83,7 +85,7 @@ class Fields:
 
 
 def short(value: object, most: int = 60) -> str:
-    """A value, made fit for a sentence."""
+    """A value, shortened to fit into a sentence."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**most:
         return f"a number of {math.floor(math.log10(abs(value))) + 1} digits"
     text = repr(value)
@@ -91,12 +93,12 @@ def short(value: object, most: int = 60) -> str:
 
 
 def one_line(error: Exception, most: int = 120) -> str:
-    """What a library says of an error, as it may stand in a sentence."""
+    """A library's message on one line, shortened to fit into a sentence."""
     return " ".join(str(error).split())[:most]
 
 
 def plain(name: str) -> str:
-    """A name from a file, made fit for a sentence: short, on one line, without quotes."""
+    """A name from a file, to fit into a sentence: short, on one line, without quotes."""
     return short(name, 100)[1:].rstrip("'\"")
 
 

@@ -1,8 +1,8 @@
-"""Which chat format a checkpoint has: by its template, which is read and never run, by the user's word, or by its vocabulary.
+"""Which chat format a checkpoint has: by its template, which is read and never run, by name, or by its vocabulary.
 
     1. what the user names (--chat-format) is taken
     2. a template each statement of which is known (template_shapes.py) is that format, exactly
-    3. a template that only opens like a known format is taken for the nearest one, with a note
+    3. a template of which only the opening is known is taken for the nearest format, with a note
     4. a Base checkpoint, a strange template or none: plain text, with a note; nothing is refused
 
 Notes are lines for standard error.
@@ -15,59 +15,64 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..config import read_json
-from .chat_formats import ASSISTANT, END_THINK, FORMATS, IM_MIDDLE, IM_START, MARKERS, NEAREST, THINK, USER, Format, named
-from .template_reader import STRING, NotUnderstood, read_template
+from .chat_formats import (
+    ASSISTANT, END_THINK, FORMATS, IM_MIDDLE, IM_START, MARKERS, NEAREST, THINK, USER, Format, named)
+from .template_expressions import STRING, NotUnderstood
+from .template_reader import read_template
 from .template_shapes import recognise, thinks
 
-# Templates that are known as a whole: sha256 of the text, its white space evened out. These are the embedded checkpoints'.
+# Templates that are known as a whole, by the sha256 of the text with single spaces: those of the embedded checkpoints.
 BY_HASH = {
     "a0579aab1b7be420e3815964abd8e9cfc5c932522e3ba0da748f68a834c7f71e": "qwen3",
     "910b99b244299a7030f705939bb6894dc2f04f3051c12de9f068b4056ae5ba1f": "deepseek-v3.1",
 }
 
 
-def choose_format(directory: Path, vocabulary: Mapping[str, int], stops: Iterable[int], wanted: str | None) -> tuple[Format | None, list[str]]:
+def choose_format(directory: Path, vocabulary: Mapping[str, int], stops: Iterable[int],
+                  wanted: str | None) -> tuple[Format | None, list[str]]:
     """(The chat format or None for plain text, notes). `wanted`: None to guess, "plain", "template" or a format's name.
 
-    "template" takes what the template says even of a checkpoint that looks like a Base. Raises ValueError where the
-    user's word cannot be followed.
+    "template" takes what the template says even of a checkpoint that looks like a Base. Raises ValueError where
+    `wanted` cannot be used.
     """
     if wanted == "plain":
         return None, []
+    name = directory.name
     template, notes = find_template(directory)
     format, exact = read_format(template) if template else (None, False)
     if wanted not in (None, "template"):
         fitting = [name for name, known in FORMATS.items() if not missing(known, vocabulary)]
         format = format if format and format.name == wanted else named(wanted, fitting)
         if lacking := missing(format, vocabulary):
-            raise ValueError(f"{directory.name} cannot be asked as {wanted}: its vocabulary has no {lacking}")
+            raise ValueError(f"{name} cannot be asked as {wanted}: its vocabulary has no {lacking}")
         return format, []
     if template and format is None:
-        notes.append(f"the chat template of {directory.name} is none that is known here")
+        notes.append(f"the chat template of {name} is none that is known here")
     if format and (lacking := missing(format, vocabulary)):
-        notes.append(f"the chat template of {directory.name} needs {lacking}, which its vocabulary does not have")
+        notes.append(f"the chat template of {name} needs {lacking}, which its vocabulary does not have")
         format = None
     if format is None and wanted == "template":
-        families = [family for family in ("deepseek", "kimi", "glm", "chatml") if not missing(FORMATS[NEAREST[family]], vocabulary)]
-        if not families:
-            raise ValueError(f"{directory.name} has no chat template that is known here, and its vocabulary fits no known chat format")
-        format = FORMATS[NEAREST[families[0]]]
-        return format, [*notes, f"{directory.name} has no chat template that is known here: by its vocabulary it is asked as {format.name}"]
+        formats = [FORMATS[NEAREST[family]] for family in ("deepseek", "kimi", "glm", "chatml")]
+        format = next((format for format in formats if not missing(format, vocabulary)), None)
+        unknown = f"{name} has no chat template that is known here"
+        if format is None:
+            raise ValueError(f"{unknown}, and its vocabulary fits no known chat format")
+        return format, [*notes, f"{unknown}: by its vocabulary it is asked as {format.name}"]
     if format is None:
         return None, [note + ": text is continued as it is; --chat-format NAME sets a format" for note in notes[-1:]]
     end, stops = MARKERS[format.family][0], tuple(stops)
     if wanted is None and stops and vocabulary[end] not in stops:
-        spelled = {id: content for content, id in vocabulary.items()}
-        return None, [f"{directory.name} stops at {spelled.get(stops[0], stops[0])} as a Base checkpoint does, so its chat template is not used; "
+        stop = next((content for content, id in vocabulary.items() if id == stops[0]), stops[0])
+        return None, [f"{name} stops at {stop} as a Base checkpoint does, so its chat template is not used; "
                       "--chat, --system, --thinking or --chat-format NAME use it"]
     if not exact:
-        notes.append(f"only the opening of the chat template of {directory.name} was recognised: it is asked as {format.name}, and its prompts "
-                     "may differ from the template's")
+        notes.append(f"only the opening of the chat template of {name} was recognised: it is asked as {format.name}, "
+                     "and its prompts may differ from the template's")
     return format, notes
 
 
 def missing(format: Format, vocabulary: Mapping[str, int]) -> str | None:
-    """The first of the tokens that mark turns which the vocabulary does not have."""
+    """The first token that the format's turns need and the vocabulary does not have."""
     return next((marker for marker in MARKERS[format.family] if marker not in vocabulary), None)
 
 
@@ -153,8 +158,9 @@ def default_system(template: str) -> str | None:
     if found := re.search(r"<\|im_start\|>system\n((?:(?!<\|im_end\|>|['\"]\s*[+}]|\{\{).)+)<\|im_end\|>", text, re.S):
         return found[1]
     for found in re.finditer(rf"set \w*system\w*(?:\.content)?\s*=\s*((?:{STRING}|[\s+\w])+?)-?%\}}", text, re.S):
-        before = text[:found.start()].rpartition("if tools")
-        pieces = re.findall(STRING, found[1], re.S)  # variables between them, such as the date, are empty where nobody sets them
-        if (value := "".join(re.sub(r"\\(.)", r"\1", piece[1:-1]) for piece in pieces)) and (not before[1] or "else" in before[2]):
+        _, has_tools, since = text[:found.start()].rpartition("if tools")
+        pieces = re.findall(STRING, found[1], re.S)  # variables between them, such as the date, are empty if not set
+        value = "".join(re.sub(r"\\(.)", r"\1", piece[1:-1]) for piece in pieces)
+        if value and (not has_tools or "else" in since):
             return value
     return None

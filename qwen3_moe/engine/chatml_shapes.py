@@ -9,15 +9,16 @@ import re
 from dataclasses import replace
 
 from .chat_formats import END_THINK, FORMATS, THINK, Format
-from .template_reader import STRING
+from .template_expressions import STRING
 
 ASKED = ("  if (ns.multi_step_tool and message.role == 'user' and not ({} and {}))\n"
          "    set ns.multi_step_tool = false\n    set ns.last_query_index = index\n")
 INDEX = "  set index = messages._length - 1 - loop.index0\n"
 # Where the last question stands, a tool's result not counted; the second is Unsloth's way for llama.cpp.
-LAST_QUESTION = "set ns = namespace\\(multi_step_tool=true, last_query_index=messages\\._length - 1\\)\nfor message in messages" + (
-    "(?:" + re.escape(r"[::-1]" + "\n" + INDEX + ASKED.format("content.startswith('<tool_response>')", "content.endswith('</tool_response>')"))
-    + "|" + re.escape("\n" + INDEX + """  set message = messages[index]
+LAST_QUESTION = re.escape("""set ns = namespace(multi_step_tool=true, last_query_index=messages._length - 1)
+for message in messages""") + "(?:" + re.escape("[::-1]\n" + INDEX + ASKED.format(
+    "content.startswith('<tool_response>')", "content.endswith('</tool_response>')")) + "|" + re.escape(
+        "\n" + INDEX + """  set message = messages[index]
   set current_content = content if content is not none else ''
   set tool_start = '<tool_response>'
   set tool_start_length = tool_start._length
@@ -28,67 +29,91 @@ LAST_QUESTION = "set ns = namespace\\(multi_step_tool=true, last_query_index=mes
   if start_pos < 0
     set start_pos = 0
   set end_of_message = current_content[start_pos:]
-""" + ASKED.format("start_of_message == tool_start", "end_of_message == tool_end")) + ")")
+""" + ASKED.format("start_of_message == tool_start", "end_of_message == tool_end")) + ")"
 
 # A turn; an answer; the same with reasoning written before it.
-TURN = r"'<\|im_start\|>(?:' \+ message\.role \+ '|(?P<literal>user|assistant|system))\\n' \+ content(?P<trim>\._trim)? \+ '<\|im_end\|>\\n'"
+TURN = (r"'<\|im_start\|>(?:' \+ message\.role \+ '|(?P<literal>user|assistant|system))\\n' \+ "
+        r"content(?P<trim>\._trim)? \+ '<\|im_end\|>\\n'")
 ROLE = r"'<\|im_start\|>(?:' \+ message\.role \+ '|assistant)\\n"
 TURN_ = rf"{ROLE}' \+ content \+ '<\|im_end\|>\\n'"
 PLAIN = rf"{ROLE}' \+ content"
 THOUGHT = rf"{ROLE}<think>\\n' \+ reasoning_content\.strip\('\\n'\) \+ '\\n</think>\\n\\n' \+ content\.lstrip\('\\n'\)"
 END = r"'<\|im_end\|>\\n'\n"
-SPLIT = (r"(?:    set reasoning_content = ''\n)?    if (?:message\.reasoning_content is string|\(message\.reasoning_content is defined and "
-         r"message\.reasoning_content is not none\))\n      set reasoning_content = message\.reasoning_content\n    else\n"
-         r"      if '</think>' in content\n"
-         r"(?:{thought}(?:content|message\.content){cut}        set content = content{last}|        set content = content{last}"
-         r"{thought}message\.content{cut})").format(
-    thought=r"        set reasoning_content = ", last=r"\.split\('</think>'\)\._last\.lstrip\('\\n'\)\n",
+AFTER_THOUGHT = r"set content = content\.split\('</think>'\)\._last"
+ANSWER = AFTER_THOUGHT + r"\.lstrip\('\\n'\)\n"
+SPLIT = (
+    r"(?:    set reasoning_content = ''\n)?"
+    r"    if (?:message\.reasoning_content is string|"
+    r"\(message\.reasoning_content is defined and message\.reasoning_content is not none\))\n"
+    r"      set reasoning_content = message\.reasoning_content\n"
+    r"    else\n"
+    r"      if '</think>' in content\n"
+    r"(?:{thought}(?:content|message\.content){cut}        {answer}|        {answer}{thought}message\.content{cut})"
+).format(
+    thought=r"        set reasoning_content = ", answer=ANSWER,
     cut=r"\.split\('</think>'\)\._first\.rstrip\('\\n'\)(?:\n        set reasoning_content = reasoning_content)?"
         r"\.split\('<think>'\)\._last\.lstrip\('\\n'\)\n")
+AFTER_QUESTION = r"loop\.index0 > ns\.last_query_index"
 ANSWERS = {
     "whole": rf"    out {TURN_}\n",
-    "answer": rf"    set content = content\.split\('</think>'\)\._last\.lstrip\('\\n'\)\n    out {TURN_}\n",
-    "answer, last whole": rf"    if not loop\.last\n      set content = content\.split\('</think>'\)\._last\.lstrip\('\\n'\)\n    out {TURN_}\n",
-    "answer, if thought": rf"    if '</think>' in content\n      set content = content\.split\('</think>'\)\._last\.lstrip\('\\n'\)\n    out {TURN_}\n",
-    "after thought": rf"    if '</think>' in content\n      set content = content\.split\('</think>'\)\._last\n    out {TURN_}\n",
-    "last question": (rf"{SPLIT}    if loop\.index0 > ns\.last_query_index\n      if \(loop\.last or (?:\(not loop\.last and reasoning_content\)|"
-                      rf"reasoning_content)\)\n        out {THOUGHT}\n      else\n        out {PLAIN}\n    else\n      out {PLAIN}\n    out {END}"),
-    "last question, if any": (rf"{SPLIT}(?:    if loop\.index0 > ns\.last_query_index\n      if reasoning_content\n        out {THOUGHT}\n"
-                              rf"      else\n        out {PLAIN}\n    else\n      out {PLAIN}\n|    if \(loop\.index0 > ns\.last_query_index and "
-                              rf"reasoning_content\)\n      out {THOUGHT}\n    else\n      out {PLAIN}\n)    out {END}"),
-    "kept": (rf"{SPLIT}(?:    out {THOUGHT} \+ {END}|    if loop\.index0 > ns\.last_query_index\n      out {THOUGHT}\n    else\n"
-             rf"      out {THOUGHT}\n    out {END})"),
-    "kept, if any": rf"{SPLIT}    if reasoning_content\n      out {THOUGHT}\n    else\n      out {PLAIN}\n    out {END}",
+    "answer": rf"    {ANSWER}    out {TURN_}\n",
+    "answer, last whole": rf"    if not loop\.last\n      {ANSWER}    out {TURN_}\n",
+    "answer, if thought": rf"    if '</think>' in content\n      {ANSWER}    out {TURN_}\n",
+    "after thought": rf"    if '</think>' in content\n      {AFTER_THOUGHT}\n    out {TURN_}\n",
+    "last question": (
+        rf"{SPLIT}"
+        rf"    if {AFTER_QUESTION}\n"
+        r"      if \(loop\.last or (?:\(not loop\.last and reasoning_content\)|reasoning_content)\)\n"
+        rf"        out {THOUGHT}\n      else\n        out {PLAIN}\n"
+        rf"    else\n      out {PLAIN}\n"
+        rf"    out {END}"),
+    "last question, if any": (
+        rf"{SPLIT}"
+        rf"(?:    if {AFTER_QUESTION}\n"
+        rf"      if reasoning_content\n        out {THOUGHT}\n      else\n        out {PLAIN}\n"
+        rf"    else\n      out {PLAIN}\n"
+        rf"|    if \({AFTER_QUESTION} and reasoning_content\)\n      out {THOUGHT}\n    else\n      out {PLAIN}\n)"
+        rf"    out {END}"),
+    "kept": (
+        rf"{SPLIT}"
+        rf"(?:    out {THOUGHT} \+ {END}"
+        rf"|    if {AFTER_QUESTION}\n      out {THOUGHT}\n    else\n      out {THOUGHT}\n    out {END})"),
+    "kept, if any": (
+        rf"{SPLIT}"
+        rf"    if reasoning_content\n      out {THOUGHT}\n    else\n      out {PLAIN}\n"
+        rf"    out {END}"),
 }
 # How a system prompt is written: (statements before the loop, whether the first system message is written by them).
 FIRST = r"messages\[0\]\.role == 'system'"
 GIVEN = r"  out '<\|im_start\|>system\\n' \+ messages\[0\]\.content(?:\._trim)? \+ '<\|im_end\|>\\n'\n"
-VALUE = r"'<\|im_start\|>system\\n' \+ (?P<{0}>\w+) \+ '<\|im_end\|>\\n'\n"
 CONTENT = r"messages\[0\]\.content(?:\._trim)?"
+REST = r"  set loop_messages = messages\[1:\]\n"
 ELSE = r"(?:else\n  set loop_messages = messages\n)?"
+OPEN, SHUT = r"'<\|im_start\|>system\\n' \+ ", r" \+ '<\|im_end\|>\\n'\n"
 SYSTEMS = [
     (rf"if {FIRST}\n{GIVEN}(?:else\n  out (?P<a>{STRING})\n)?", True),
     (rf"if messages\[0\]\.role != 'system'\n  out (?P<b>{STRING})\n(?:else\n{GIVEN}(?P<both>))?", False),
-    (rf"set (?P<v>\w+) = (?P<c>{STRING})\nif {FIRST}\n  set (?P=v) = {CONTENT}\n"
-     rf"(?:  set loop_messages = messages\[1:\]\n{ELSE})?(?:if (?P=v) is defined\n  )?out '<\|im_start\|>system\\n' \+ (?P=v) \+ '<\|im_end\|>\\n'\n", True),
-    (rf"if {FIRST}\n  set (?P<w>\w+) = {CONTENT}\n(?:  set loop_messages = messages\[1:\]\n)?else\n"
-     rf"(?:  set loop_messages = messages\n)?  set (?P=w) = (?P<d>{STRING})\n"
-     r"out '<\|im_start\|>system\\n' \+ (?P=w) \+ '<\|im_end\|>\\n'\n", True),
-    (rf"if {FIRST}\n  set (?P<x>\w+) = {CONTENT}\n  set loop_messages = messages\[1:\]\n{ELSE}"
-     r"if (?P=x) is defined\n  out '<\|im_start\|>system\\n' \+ (?P=x)(?: \+ '<\|im_end\|>\\n'\n|\nif (?P=x) is defined\n  out '<\|im_end\|>\\n'\n)", True),
+    (rf"set (?P<v>\w+) = (?P<c>{STRING})\nif {FIRST}\n  set (?P=v) = {CONTENT}\n(?:{REST}{ELSE})?"
+     rf"(?:if (?P=v) is defined\n  )?out {OPEN}(?P=v){SHUT}", True),
+    (rf"if {FIRST}\n  set (?P<w>\w+) = {CONTENT}\n(?:{REST})?else\n"
+     rf"(?:  set loop_messages = messages\n)?  set (?P=w) = (?P<d>{STRING})\nout {OPEN}(?P=w){SHUT}", True),
+    (rf"if {FIRST}\n  set (?P<x>\w+) = {CONTENT}\n{REST}{ELSE}"
+     rf"if (?P=x) is defined\n  out {OPEN}(?P=x)(?:{SHUT}|\nif (?P=x) is defined\n  out '<\|im_end\|>\\n'\n)", True),
     ("", False),
 ]
 IN_LOOP = rf"(?:  if \(loop\.first and (?:messages\[0\]|message)\.role != 'system'\)\n    out (?P<e>{STRING})\n)?"
 ROLE_IS = r"message\.role == '(user|system|assistant)'(?P<late> and not loop\.first)?"
 ROLES = re.compile(r"\(?(?:\(?message\.role == '(?:user|system|assistant)'(?: and not loop\.first\))?(?: or )?)+\)?")
 LOOP = rf"for message in (?P<over>loop_messages|messages)\n{IN_LOOP}(?P<turns>(?:  .*\n)+)"
-OPENING = (rf"out '<\|im_start\|>assistant\\n(?P<open>(?:\\.|[^'\\])*)'\n"
-           rf"(?:if (?P<test>(?:not )?(?:enable_)?thinking)\n  out (?P<then>{STRING})\n(?:else\n  out (?P<other>{STRING})\n)?)?")
+OPENING = (r"out '<\|im_start\|>assistant\\n(?P<open>(?:\\.|[^'\\])*)'\n"
+           rf"(?:if (?P<test>(?:not )?(?:enable_)?thinking)\n  out (?P<then>{STRING})\n"
+           rf"(?:else\n  out (?P<other>{STRING})\n)?)?")
 
 
 def chatml(text: str) -> Format | None:
+    asked = rf"(?:{LAST_QUESTION})?"
     for system, writes_first in SYSTEMS:
-        found = re.fullmatch(rf"(?:set loop_messages = messages\n)?(?:{LAST_QUESTION})?{system}(?:{LAST_QUESTION})?{LOOP}{OPENING}", text)
+        found = re.fullmatch(rf"(?:set loop_messages = messages\n)?{asked}{system}{asked}{LOOP}{OPENING}", text)
         if found:
             break
     else:
@@ -99,8 +124,8 @@ def chatml(text: str) -> Format | None:
         return None
     roles, trims, history = turns
     systems = roles.get("system")  # "late": not the first; "all"; None: no turns of that role
-    if group["over"] == "loop_messages" and (
-            systems == "late" or "set loop_messages = messages[1:]\n" not in text or "set loop_messages = messages\n" not in text):
+    sets_both = all(f"set loop_messages = {which}\n" in text for which in ("messages[1:]", "messages"))
+    if group["over"] == "loop_messages" and (systems == "late" or not sets_both):
         return None
     skips = group["over"] == "loop_messages" or systems != "all"
     if skips != (writes_first or group.get("both") is not None):
@@ -122,9 +147,10 @@ def chatml(text: str) -> Format | None:
     on = off = opened
     if group["test"]:
         then, other = ast.literal_eval(group["then"]), ast.literal_eval(group["other"] or "''")
-        on, off = (opened + other, opened + then) if group["test"].startswith("not") else (opened + then, opened + other)
-    format = Format("", "chatml", thinks(on, off), (on, off), default, history=history, trim=True in trims, late_system=systems is not None)
-    return with_name(format)
+        on, off = (other, then) if group["test"].startswith("not") else (then, other)
+        on, off = opened + on, opened + off
+    return with_name(Format("", "chatml", thinks(on, off), (on, off), default, history=history, trim=True in trims,
+                            late_system=systems is not None))
 
 
 def read_turns(text: str) -> tuple[dict[str, str], set[bool], str] | None:
@@ -168,4 +194,5 @@ def with_name(format: Format) -> Format:
         return replace(format, name="chatml")
     alike = [known for known in FORMATS.values() if (known.family, known.thinking) == (format.family, format.thinking)]
     alike = alike or [known for known in FORMATS.values() if known.family == format.family]
-    return replace(format, name=max(alike, key=lambda known: (known.opening == format.opening, known.header == format.header)).name)
+    nearest = max(alike, key=lambda known: (known.opening == format.opening, known.header == format.header))
+    return replace(format, name=nearest.name)

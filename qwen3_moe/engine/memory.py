@@ -18,7 +18,7 @@ def find_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):  # by device, an absent one raises any of these
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):  # which of them depends on the device
         raise ValueError(f"device {name[:40]!r} is not usable here; `-d cpu` always is") from None
     return device
 
@@ -36,7 +36,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def numbers_of(path: Path) -> dict[str, int]:
-    """Lines such as `MemAvailable: 123 kB` or `inactive_file 123` -> name: bytes; nothing where there is no such file."""
+    """Lines such as `MemAvailable: 123 kB` or `inactive_file 123` -> name: bytes; nothing without such a file."""
     found = {}
     with suppress(OSError):
         for line in path.read_text(errors="replace").splitlines():
@@ -75,8 +75,9 @@ def free_of_cgroup(proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cgroup
             if controllers and "memory" not in controllers.split(","):
                 continue
             base = root / "memory" if controllers else root
-            limit, usage, inactive = (("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file") if controllers
-                                      else ("memory.max", "memory.current", "inactive_file"))
+            limit, usage, inactive = (
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file") if controllers else
+                ("memory.max", "memory.current", "inactive_file"))
             group = base / path.lstrip("/")
             for folder in {base, group, *(parent for parent in group.parents if base in parent.parents)}:
                 with suppress(OSError, ValueError):  # "max" is no number: there is no limit

@@ -20,13 +20,17 @@ from torch import Tensor
 
 from .fields import one_line, plain, read_json, short
 
-# The types of weights and scales, by their names in the header.
-STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn,
-          "F8_E8M0": torch.float8_e8m0fnu}
-# Tensors that are no weights: tables that follow from the config, counters, and scales of activations and of a quantised
-# cache, which are kept in wider types here. A superfluous tensor that is not on this list is an error.
-BUFFERS = re.compile(r"(^|\.)(rotary_emb\.[^.]+|position_ids|masked_bias|tokens_per_expert|local_tokens_per_expert|num_batches_tracked)$")
-ACTIVATION_SCALES = re.compile(r"\.(input_scale|input_scale_ub|input_global_scale|activation_scale|output_scale|[qkv]_scale|prob_output_scale)$")
+# The dtypes of weights and scales, by their names in the header; those of config.json are fields.DTYPES.
+SAFETENSORS_DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
+FOUR_BITS = {"U8": " (4-bit weights, as NVFP4's, are)", "U32": " (4-bit weights in MLX's format are)",
+             "I32": " (4-bit weights of AWQ and GPTQ are)"}
+# Tensors that are no weights: tables that follow from the config, counters, and scales of activations and of a
+# quantised cache, which are kept in wider types here. A superfluous tensor that is not on this list is an error.
+NO_WEIGHTS = re.compile(
+    r"(^|\.)(rotary_emb\.[^.]+|position_ids|masked_bias|(local_)?tokens_per_expert|num_batches_tracked)$"
+    r"|\.(input_scale(_ub)?|input_global_scale|activation_scale|(prob_)?output_scale|[qkv]_scale)$")
 FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)(\.weight)?(_scale_inv|_scale)?")
 
 
@@ -43,8 +47,8 @@ class TensorInfo(NamedTuple):
 class CheckpointFiles:
     """The tensors of a folder: `tensors` by name, `read(name)` maps one into memory; `passed_over` are no weights.
 
-    The library of the same name checks each header, and refuses what it refuses. It does not read: its get_tensor
-    touches the numbers (0.8: 0.3 MB of each tensor).
+    The `safetensors` library checks each header, and what it refuses is refused. It does not read the tensors: its
+    get_tensor touches the numbers (0.8: 0.3 MB of each tensor).
     """
 
     def __init__(self, directory: str | Path):
@@ -56,8 +60,7 @@ class CheckpointFiles:
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: this part of the checkpoint is missing; download it again")
             found = read_header(path)
-            absent = sorted(name for name in promised - found.keys() if not (BUFFERS.search(name) or ACTIVATION_SCALES.search(name)))
-            if absent:
+            if absent := sorted(name for name in promised - found.keys() if not NO_WEIGHTS.search(name)):
                 raise ValueError(f"{path}: {plain(absent[0])} is missing, though {index} says that it is here")
             if twice := sorted(found.keys() & self.tensors.keys()):
                 raise ValueError(f"{path}: {plain(twice[0])} is in it and in {self.tensors[twice[0]].path.name} too")
@@ -68,9 +71,9 @@ class CheckpointFiles:
         shared: dict[re.Match, TensorInfo] = {}  # one scale for all experts of a layer
         for name, tensor in list(self.tensors.items()):
             if not isinstance(tensor.dtype, torch.dtype):
-                four = {"U8": " (4-bit weights, as NVFP4's, are)", "U32": " (4-bit weights in MLX's format are)",
-                        "I32": " (4-bit weights of AWQ and GPTQ are)"}.get(tensor.dtype, "")
-                raise ValueError(f"{tensor.path}: {plain(name)} is stored as {short(tensor.dtype)[1:-1]}{four}; known are {', '.join(STORED)}")
+                stored = short(tensor.dtype)[1:-1] + FOUR_BITS.get(tensor.dtype, "")
+                known = ", ".join(SAFETENSORS_DTYPES)
+                raise ValueError(f"{tensor.path}: {plain(name)} is stored as {stored}; known are {known}")
             fused = FUSED.fullmatch(name)
             if fused and fused[4] and tensor.size == tensor.dtype.itemsize:
                 shared[fused] = self.tensors.pop(name)
@@ -80,12 +83,12 @@ class CheckpointFiles:
             elif name.endswith(".weight_scale"):  # another spelling of the same number
                 self.tensors[f"{name}_inv"] = self.tensors.pop(name)
         for fused, tensor in shared.items():
-            for name in ("gate_proj", "up_proj") if fused[2] == "gate_up_proj" else ("down_proj",):
-                its = [other for other in self.tensors if re.fullmatch(rf"{re.escape(fused[1])}\.\d+\.{name}\.weight", other)]
-                self.tensors |= {f"{weight}_scale_inv": tensor for weight in its}
+            names = "gate_proj|up_proj" if fused[2] == "gate_up_proj" else "down_proj"
+            weight = re.compile(rf"{re.escape(fused[1])}\.\d+\.({names})\.weight")
+            self.tensors |= {f"{name}_scale_inv": tensor for name in self.tensors if weight.fullmatch(name)}
 
     def read(self, name: str) -> Tensor:
-        """A tensor on the file's own bytes, with a storage of its own: what saves it writes its numbers and no others."""
+        """A tensor on the file's own bytes, with a storage of its own: saving it writes its numbers and no others."""
         path, shape, dtype, start, size = self.tensors[name]
         if path not in self.maps:
             self.maps[path] = map_file(path)
@@ -98,21 +101,22 @@ class CheckpointFiles:
 
 
 def is_copy(files: CheckpointFiles, one: str, other: str, every: int = 1) -> bool:
-    """Whether two tensors hold the same bytes; `every` 997 compares every 997th row."""
-    if other not in files.tensors or files.tensors[one][1:3] != files.tensors[other][1:3] or not files.tensors[one].shape:
+    """Whether two tensors hold the same bytes, as tied ones do; `every` 997 compares every 997th row."""
+    its, others = files.tensors[one], files.tensors.get(other)
+    if others is None or (its.shape, its.dtype) != (others.shape, others.dtype) or not its.shape:
         return False
     return torch.equal(*(files.read(name)[::every].view(torch.uint8) for name in (one, other)))
 
 
 def is_no_weight(name: str, tensor: TensorInfo) -> bool:
-    return tensor.size == 0 or bool(BUFFERS.search(name) or ACTIVATION_SCALES.search(name))
+    return tensor.size == 0 or bool(NO_WEIGHTS.search(name))
 
 
 def split_experts(tensor: TensorInfo, fused: re.Match) -> dict[str, TensorInfo]:
     """All experts of a layer in one tensor, as transformers 5 keeps them -> each expert's own, on the same bytes.
 
-    gate_up_proj (E, 2F, D) has the rows of gate_proj first, then those of up_proj; down_proj is (E, D, F). A scale that both
-    halves share, (E,) or (E, 1, 1), is given to each.
+    gate_up_proj (E, 2F, D) has the rows of gate_proj first, then those of up_proj; down_proj is (E, D, F). A scale that
+    both halves share, (E,) or (E, 1, 1), is given to each.
     """
     experts, matrix, _, scale = fused.groups()
     E, shape, size = tensor.shape[0], tensor.shape[1:], tensor.size // tensor.shape[0]
@@ -121,10 +125,12 @@ def split_experts(tensor: TensorInfo, fused: re.Match) -> dict[str, TensorInfo]:
         names = ["gate_proj", "up_proj"]
         shared = bool(scale) and math.prod(shape[:1]) == 1
         if not shared and shape[0] % 2:
-            raise ValueError(f"{tensor.path}: {plain(fused[0])} has {shape[0]} rows, which gate and up cannot share evenly")
+            raise ValueError(f"{tensor.path}: {plain(fused[0])} has {shape[0]} rows, which gate and up cannot share "
+                             "evenly")
     step = 0 if shared else size // 2
     shape, part = (shape, size) if shared else ((shape[0] // 2, *shape[1:]), size // 2)
-    return {f"{experts}.{e}.{name}.{leaf}": TensorInfo(tensor.path, shape, tensor.dtype, tensor.start + e * size + i * step, part)
+    return {f"{experts}.{e}.{name}.{leaf}":
+            tensor._replace(shape=shape, start=tensor.start + e * size + i * step, size=part)
             for e in range(E) for i, name in enumerate(names)}
 
 
@@ -138,7 +144,8 @@ def map_file(path: Path) -> mmap.mmap:
         try:
             return mmap.mmap(file.fileno(), 0, **how)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: cannot be mapped into memory ({getattr(error, 'strerror', None) or error})") from None
+            why = getattr(error, "strerror", None) or error
+            raise ValueError(f"{path}: cannot be mapped into memory ({why})") from None
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -155,15 +162,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         tensors = {}
         for name, entry in header.items():
             shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
-            dtype = STORED.get(entry["dtype"], entry["dtype"])  # one that is not known may be a buffer's
-            whole = all(type(number) is int and number >= 0 for number in (*shape, first, last))
-            if not whole or last < first or (isinstance(dtype, torch.dtype) and last - first != math.prod(shape) * dtype.itemsize):
+            dtype = SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"])  # one that is not known may be a buffer's
+            whole = all(type(number) is int and number >= 0 for number in (*shape, first, last)) and first <= last
+            if not whole or (isinstance(dtype, torch.dtype) and last - first != math.prod(shape) * dtype.itemsize):
                 raise ValueError(f"{plain(name)} is not where the header says")
             tensors[name] = TensorInfo(path, shape, dtype, 8 + length + first, last - first)
         covered = 8 + length  # every byte belongs to one tensor, and to one only
         for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].size)):
             if tensor.start != covered:
-                raise ValueError(f"{plain(name)} is not where the header says: it begins at byte {tensor.start}, not {covered}")
+                raise ValueError(f"{plain(name)} is not where the header says: it begins at byte {tensor.start}, not "
+                                 f"{covered}")
             covered += tensor.size
         if covered != end:
             raise ValueError(f"its tensors end at byte {covered}, the file at {end}")
@@ -182,12 +190,12 @@ def no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def check_with_library(path: Path) -> None:
-    """What the library refuses is refused, whatever was overlooked here. It cannot open what is larger than memory."""
+    """Refuse what the library refuses, even if it was overlooked here. It cannot open what is larger than memory."""
     try:
         str(path).encode()
         with safe_open(path, framework="pt"):
             pass
-    except UnicodeEncodeError:  # a path that is no UTF-8, which it cannot open
+    except UnicodeEncodeError:  # a path that is not UTF-8, which it cannot open
         pass
     except RuntimeError as error:
         if "mmap" not in str(error):
@@ -196,7 +204,8 @@ def check_with_library(path: Path) -> None:
 
 def files_of(directory: Path, index: str) -> dict[str, set[str]]:
     """File name -> the tensors that are promised in it; several files come with an index, or at least numbered."""
-    if (directory / "model.safetensors").exists() or (directory / "model.safetensors").is_symlink():  # a link to nothing is told later
+    whole = directory / "model.safetensors"
+    if whole.exists() or whole.is_symlink():  # a link to nothing is refused later
         return {"model.safetensors": set()}
     if (directory / index).exists():
         return files_of_index(directory / index)
@@ -207,21 +216,24 @@ def files_of(directory: Path, index: str) -> dict[str, set[str]]:
             numbered = {name: match for name, match in numbered.items() if match[1] == "model"}
         sets = {(match[1], int(match[3])) for match in numbered.values()}
         if len(sets) > 1:
-            raise ValueError(f"{directory}: has parts of several checkpoints ({min(numbered)}, {max(numbered)}) and no {index}")
+            some = f"{min(numbered)}, {max(numbered)}"
+            raise ValueError(f"{directory}: has parts of several checkpoints ({some}) and no {index}")
         ((_, count),) = sets
         if len(numbered) < count:
-            raise FileNotFoundError(f"{directory}: only {len(numbered)} of {count} parts are there, and no {index}; download it again")
+            raise FileNotFoundError(f"{directory}: only {len(numbered)} of {count} parts are there, and no {index}; "
+                                    "download it again")
         return {name: set() for name in numbered}
-    for pattern, what in (("*.gguf", "GGUF files, which llama.cpp runs; get"), ("*.bin", "pickled weights"), ("*.pt", "pickled weights"),
-                          ("*.pth", "pickled weights")):
-        if files := sorted(path.name for path in directory.glob(pattern)):
-            if what == "pickled weights":
-                raise ValueError(f"{directory}: has only pickled weights ({plain(files[0])}); those can run code when opened and "
-                                 "are never read here; convert them to safetensors first")
-            raise ValueError(f"{directory}: has only {what} the safetensors release of the model")
+    if any(directory.glob("*.gguf")):
+        raise ValueError(f"{directory}: has only GGUF files, which llama.cpp runs; get the safetensors release of the "
+                         "model")
+    for pattern in ("*.bin", "*.pt", "*.pth"):
+        if pickled := sorted(path.name for path in directory.glob(pattern)):
+            raise ValueError(f"{directory}: has only pickled weights ({plain(pickled[0])}); those can run code when "
+                             "opened and are never read here; convert them to safetensors first")
     if others := sorted(path.name for path in directory.glob("*.safetensors")):
-        raise FileNotFoundError(f"{directory}: has {plain(others[0])}, but neither model.safetensors nor {index}, which is where the weights "
-                                "of a release for transformers lie; get that, or rename the file if it is one")
+        raise FileNotFoundError(f"{directory}: has {plain(others[0])}, but neither model.safetensors nor {index}, "
+                                "where a release for transformers has its weights; get that, or rename the file if it "
+                                "is one")
     raise FileNotFoundError(f"{directory}: no weights in it, neither model.safetensors nor {index}; download it again")
 
 
@@ -234,7 +246,7 @@ def files_of_index(index: Path) -> dict[str, set[str]]:
     for name, file in weight_map.items():
         # A path from a downloaded file must not reach anything else on this machine.
         if isinstance(file, str) and (len(file.encode("utf-8", "replace")) > 255 or not file.isprintable()):
-            raise ValueError(f"{index}: {plain(name)} points to {short(file)}, which is no name of a file")
+            raise ValueError(f"{index}: {plain(name)} points to {short(file)}, which is not the name of a file")
         if not isinstance(file, str) or Path(file).name != file or file in ("", "..") or "\\" in file:
             raise ValueError(f"{index}: {plain(name)} points outside the folder, to {short(file)}")
         where.setdefault(file, set()).add(name)

@@ -1,8 +1,8 @@
 """The terminal: what is printed where, what is typed, and how an error becomes one sentence.
 
-Only an answer goes to standard output; notes, progress and reasoning go to standard error. A stream may be closed, full
-or unable to write a character, and none of that is a reason for a traceback. No stream is replaced and no setting of the
-process is changed, except in `start` and `program`, which run only where this program is the process.
+Only the answer goes to standard output; notes, progress and reasoning go to standard error. A stream may be closed,
+full or unable to write a character, and none of that is a reason for a traceback. No stream is replaced and no setting
+of the process is changed, except in `start` and `program`, which run only where this program is the process.
 torch is not imported here: that takes seconds, and Ctrl-C should leave quietly then too.
 """
 
@@ -52,7 +52,7 @@ def takes_escapes(stream: TextIO | None) -> bool:
 
 
 def progress(what: str) -> Callable[[int, int], None]:
-    """`show(done, total)`: a line that overwrites itself and disappears at the end; nothing where stderr is no terminal."""
+    """`show(done, total)`: a line that overwrites itself and disappears at the end; nothing without a terminal."""
     def show(done: int, total: int) -> None:
         if is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb":
             columns = shutil.get_terminal_size().columns - 1
@@ -62,7 +62,7 @@ def progress(what: str) -> Callable[[int, int], None]:
 
 
 def show_answer(tokenizer, prompt_ids: list[int], ids: Iterator[int]) -> str:
-    """Print an answer as it comes, reasoning apart and dim; return the answer without reasoning.
+    """Print an answer as it is generated, reasoning apart and dim; return the answer without reasoning.
 
     Newlines around <think> and </think> belong to the chat format. An empty think block is not shown.
     """
@@ -95,7 +95,7 @@ def show_answer(tokenizer, prompt_ids: list[int], ids: Iterator[int]) -> str:
 
 
 def segments(tokenizer, prompt_ids: list[int], ids: Iterator[int]) -> Iterator[tuple[bool, str]]:
-    """(Is it reasoning?, text) in pieces. In a conversation <think> and </think> separate the two; plain text has neither."""
+    """(Is it reasoning?, text) in pieces; in a conversation <think> and </think> separate the two, plain text has none."""
     think, end = (tokenizer.control_ids.get(mark) for mark in (THINK, END_THINK))
     if tokenizer.thinking is None:
         think = end = None
@@ -209,7 +209,7 @@ def start() -> None:
 
 
 def cannot_start(kind: type[BaseException], error: BaseException, trace: object) -> None:
-    """Instead of a traceback, one sentence about an import that fails: a package is missing, damaged or too large for memory."""
+    """One sentence, no traceback, where an import fails: a package is missing, damaged or too large for memory."""
     ours = (getattr(error, "name", None) or "").partition(".")[0] == PACKAGE
     if ours or not isinstance(error, (ImportError, OSError, MemoryError)):
         return sys.__excepthook__(kind, error, trace)
@@ -232,7 +232,8 @@ def program(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        note(f"{PACKAGE}: internal error, please report it with your command: {type(error).__name__}: {one_line(error)}"[:299])
+        what = f"{type(error).__name__}: {one_line(error)}"
+        note(f"{PACKAGE}: internal error, please report it with your command: {what}"[:299])
         code = 2
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -262,7 +263,7 @@ def exit_code(work: Callable[[], None]) -> int:
         return 2
 
 
-MEMORY = re.compile(r"out of memory|allocate memory|not enough memory|alloc_failed|bad_alloc|bad alloc|tried to allocate", re.I)
+MEMORY = re.compile("out of memory|allocate memory|not enough memory|alloc_failed|bad[_ ]alloc|tried to allocate", re.I)
 DEVICE = re.compile(r"\b(cuda|cudnn|cublas\w*|cusolver\w*|nccl|hip|rocm|mps|metal|xpu|nvidia|accelerator)\b"
                     r"|device ordinal|device-side", re.I)
 

@@ -1,8 +1,8 @@
 """tiktoken.model, in which Moonlight and Kimi-K2 keep their vocabulary -> a tokenizer of the `tokenizers` library.
 
-Each line is `base64(bytes of a token) rank`: the file lists tokens and not merges. tiktoken joins, again and
-again, the two neighbours whose joined bytes have the lowest rank; so the merge that makes a token is the last pair
-left when its own bytes are joined using lower ranks only:
+Each line is `base64(bytes of a token) rank`: the file lists tokens and not merges. tiktoken joins, again and again, the
+two neighbours whose joined bytes have the lowest rank. So the merge that makes a token is the last pair left when its
+own bytes are joined using lower ranks only:
 
     b"the", if "th" and "he" are tokens with th < he:    t h e  ->  th e      the merge is (th, e)
 """
@@ -16,11 +16,13 @@ from tokenizers import AddedToken, Regex, models, pre_tokenizers
 
 from ..config import read_json
 
-# The published pre-tokenizer (pat_str): runs of Han, words with their leading sign, digits by three, signs, white space.
+# The published pre-tokenizer (pat_str): runs of Han, words with a leading sign, digits by three, signs, white space.
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-PIECES = "|".join([r"[\p{Han}]+", rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{ENDING}", rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{ENDING}",
-                   r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"])
+SIGN = r"[^\r\n\p{L}\p{N}]?"
+PIECES = "|".join([
+    r"[\p{Han}]+", rf"{SIGN}{UPPER}*{LOWER}+{ENDING}", rf"{SIGN}{UPPER}+{LOWER}*{ENDING}",
+    r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"])
 SPECIAL = 256  # ids after the ranks; those that tokenizer_config.json does not name are reserved
 
 
@@ -36,8 +38,9 @@ def read_tiktoken(path: Path, alphabet: str) -> tokenizers.Tokenizer:
 
     vocabulary = {spelled(token): rank for token, rank in ranks.items()}
     merges = [tuple(map(spelled, last_pair(token, ranks))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    merges = [pair for pair in merges if len(pair) == 2]
     # ignore_merges: tiktoken takes a piece that is a token whole, even one that no merges lead to.
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, [pair for pair in merges if len(pair) == 2], ignore_merges=True))
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(PIECES), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -1,4 +1,4 @@
-"""What is new at the command line, and that the rest is there: --speculative, the embedded checkpoint, thinking as V3.1 has it."""
+"""What is new at the command line, and that the rest is there: --speculative, the embedded checkpoint, thinking."""
 
 import json
 import re
@@ -43,7 +43,8 @@ def test_speculative_gives_the_same_text_and_says_how_many_drafts_were_right(cap
         assert main(["-m", str(TINY), "--speculative", *arguments]) == 0
         out, err = capfd.readouterr()
         assert out == plain
-        accepted, drafted, share = map(int, re.search(r"tok/s · (\d+) of (\d+) drafts accepted \((\d+)%\)\n$", err).groups())
+        counts = re.search(r"tok/s · (\d+) of (\d+) drafts accepted \((\d+)%\)\n$", err)
+        accepted, drafted, share = map(int, counts.groups())
         assert accepted <= drafted and share == round(100 * accepted / drafted)
         assert thought.splitlines()[1:-1] == err.splitlines()[1:-1]  # what was thought, too
 
@@ -88,12 +89,14 @@ def test_a_conversation_keeps_what_is_the_same_and_drafts_go_on(capfd, monkeypat
 
 
 # R1's, whose prompt opens the thought, and V3's, which knows none.
-ALWAYS = "{{'<｜User｜>'}}{{ content.split('</think>')[-1] }}{% if add_generation_prompt %}{{'<｜Assistant｜><think>\\n'}}{% endif %}"
+ALWAYS = ("{{'<｜User｜>'}}{{ content.split('</think>')[-1] }}"
+          "{% if add_generation_prompt %}{{'<｜Assistant｜><think>\\n'}}{% endif %}")
 NEVER = "{{'<｜User｜>'}}{% if add_generation_prompt %}{{'<｜Assistant｜>'}}{% endif %}"
 
 
-@pytest.mark.parametrize("template, flag, message", [(ALWAYS, "--no-thinking", "always thinks; leave out --no-thinking"),
-                                                     (NEVER, "--thinking", "never thinks; leave out --thinking")])
+@pytest.mark.parametrize("template, flag, message", [
+    (ALWAYS, "--no-thinking", "always thinks; leave out --no-thinking"),
+    (NEVER, "--thinking", "never thinks; leave out --thinking")])
 def test_formats_that_always_or_never_think(tmp_path, capfd, template, flag, message):
     folder = variant(tmp_path / "other", tokenizer_config={"chat_template": template})
     assert main(["-m", str(folder), "-p", "What is MLA?", flag]) == 2
@@ -104,25 +107,28 @@ def test_formats_that_always_or_never_think(tmp_path, capfd, template, flag, mes
 def test_a_thought_that_the_prompt_has_opened_goes_to_standard_error(tmp_path, capfd, monkeypatch):
     folder = variant(tmp_path / "R1", tokenizer_config={"chat_template": ALWAYS})
     tokenizer = module.Tokenizer.from_checkpoint(folder)
-    ids = [*tokenizer.encode("I was thinking."), tokenizer.control_ids["</think>"], *tokenizer.encode("\n\nRoPE turns.")]
+    end = tokenizer.control_ids["</think>"]
+    ids = [*tokenizer.encode("I was thinking."), end, *tokenizer.encode("\n\nRoPE turns.")]
     monkeypatch.setattr(module, "generate", lambda *_, **__: iter(ids))
     assert main(["-m", str(folder), "-p", "What is MLA?"]) == 0
     out, err = capfd.readouterr()
     assert out == "RoPE turns.\n" and "\nI was thinking.\n" in err
 
 
-def test_a_base_checkpoint_continues_text_behind_one_bos(tmp_path, capfd, monkeypatch):
+def test_a_base_checkpoint_continues_text_after_one_bos(tmp_path, capfd, monkeypatch):
     folder = variant(tmp_path / "Base")
     (folder / "tokenizer_config.json").write_text("{}")
     seen, generate = [], module.generate
     monkeypatch.setattr(module, "generate", lambda model, ids, **more: seen.append(ids) or generate(model, ids, **more))
-    assert main(["-m", str(folder), "-p", "MLA stores", "-n", "5"]) == 0
+    ask = ["-m", str(folder), "-p", "MLA stores", "-n", "5"]
+    assert main(ask) == 0
     assert seen[0][0] == 1018 and 1018 not in seen[0][1:] and len(seen[0]) > 2
     assert "Base has no chat template" in capfd.readouterr().err
-    assert main(["-m", str(folder), "--thinking", "-p", "MLA stores", "-n", "5"]) == 2  # by its vocabulary it is DeepSeek-V3, which never thinks
+    assert main([*ask, "--thinking"]) == 2  # by its vocabulary it is DeepSeek-V3, which never thinks
     assert "never thinks; leave out --thinking" in capfd.readouterr().err
-    assert main(["-m", str(folder), "--no-thinking", "-p", "MLA stores", "-n", "5"]) == 0
-    assert module.Tokenizer.from_checkpoint(folder, "deepseek-v3").chat([{"role": "user", "content": "MLA stores"}]) == seen[1]
+    assert main([*ask, "--no-thinking"]) == 0
+    tokenizer = module.Tokenizer.from_checkpoint(folder, "deepseek-v3")
+    assert tokenizer.chat([{"role": "user", "content": "MLA stores"}]) == seen[1]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -143,19 +149,22 @@ def test_drafting_is_refused_where_there_is_no_layer_for_it(tmp_path, capfd):
     folder = variant(tmp_path / "None", config={"num_nextn_predict_layers": 0})
     assert main(["-m", str(folder), "--speculative"]) == 2
     out, err = capfd.readouterr()
-    assert out == "" and err == ("deepseek_v3: None has a layer that predicts a second token, which cannot be used (config.json announces 0 "
-                                 "draft layers, the files hold 1, one is expected); leave out --speculative\n")
+    assert out == "" and err == (
+        "deepseek_v3: None has a layer that predicts a second token, which cannot be used (config.json announces 0 "
+        "draft layers, the files hold 1, one is expected); leave out --speculative\n")
 
 
 def test_the_picture_in_the_readme_is_this_one(capfd):
     assert main(["-m", str(TINY), "--show-experts", "-p", "What is MLA?"]) == 0
-    drawn, shown = (re.findall(r"^layer +\d .*$", text, re.M) for text in (capfd.readouterr().err, (ROOT / "deepseek_v3/README.md").read_text()))
+    readme = (ROOT / "deepseek_v3/README.md").read_text()
+    drawn, shown = (re.findall(r"^layer +\d .*$", text, re.M) for text in (capfd.readouterr().err, readme))
     assert len(drawn) == len(shown) == 4
     # Another processor may round a token to another expert.
     assert sum(a == b for ours, theirs in zip(drawn, shown) for a, b in zip(ours, theirs)) >= 0.9 * len("".join(drawn))
 
 
 def test_as_a_process():
-    done = subprocess.run([sys.executable, "-m", "deepseek_v3.main", "-m", str(TINY), "-p", "What is MLA?", "--speculative"], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == MLA and "drafts accepted" in done.stderr and "Warning" not in done.stderr
+    command = [sys.executable, "-m", "deepseek_v3.main", "-m", str(TINY), "-p", "What is MLA?", "--speculative"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, MLA)
+    assert "drafts accepted" in done.stderr and "Warning" not in done.stderr

@@ -36,7 +36,8 @@ def variant(folder: Path, files: dict[str, dict], template: tuple[str, str] = ("
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
-    settings["chat_template"] = settings["chat_template"].replace(*template) if template[0] else settings["chat_template"]
+    if template[0]:
+        settings["chat_template"] = settings["chat_template"].replace(*template)
     path.write_text(json.dumps(settings))
     return folder
 
@@ -48,7 +49,8 @@ SWITCH = """{%- if enable_thinking is defined and enable_thinking is false %}
 
 @pytest.fixture
 def base(tmp_path) -> Path:
-    return variant(tmp_path / "Base", {"generation_config.json": {"eos_token_id": 0}, "config.json": {"eos_token_id": 0}})
+    end_of_text = {"eos_token_id": 0}
+    return variant(tmp_path / "Base", {"generation_config.json": end_of_text, "config.json": end_of_text})
 
 
 def test_the_answer_goes_to_standard_output_and_nothing_else_does(capfd):
@@ -63,10 +65,11 @@ def test_thinking_is_shown_apart_and_adds_up(capfd):
     assert main(["-m", str(TINY), "--thinking", "-p", "What is 347 + 586?"]) == 0
     out, err = capfd.readouterr()
     assert out == "933\n"
-    assert "7 + 6 + 0 = 13, write 3, carry 1.\n4 + 8 + 1 = 13, write 3, carry 1.\n3 + 5 + 1 = 9, write 9, carry 0.\n" in err
+    assert ("7 + 6 + 0 = 13, write 3, carry 1.\n4 + 8 + 1 = 13, write 3, carry 1.\n"
+            "3 + 5 + 1 = 9, write 9, carry 0.\n") in err
 
 
-def test_without_thinking_it_answers_at_once(capfd):
+def test_without_thinking_it_only_answers(capfd):
     assert main(["-m", str(TINY), "--no-thinking", "-p", "What is RoPE?"]) == 0
     out, err = capfd.readouterr()
     assert out == ROPE and "question" not in err
@@ -78,9 +81,10 @@ def test_fp8_on_a_cpu_is_said_to_be_slow(capfd, tmp_path):
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         tensors[name], tensors[f"{name}_scale_inv"] = quantise(tensors[name])
     save_file(tensors, folder / "model.safetensors")
-    for flags, expected in (["-d", "cpu"], "in FP8 on cpu (slow there; --dtype bfloat16, if it fits, expands them once),"), (
-            ["-d", "cpu", "--dtype", "bfloat16"], "in bfloat16 on cpu,"):
-        assert main(["-m", str(folder), "-p", "What is RoPE?", *flags]) == 0
+    for flags, expected in (
+            ([], "in FP8 on cpu (slow there; --dtype bfloat16, if it fits, expands them once),"),
+            (["--dtype", "bfloat16"], "in bfloat16 on cpu,")):
+        assert main(["-m", str(folder), "-p", "What is RoPE?", "-d", "cpu", *flags]) == 0
         out, err = capfd.readouterr()
         assert out == ROPE and expected in err
 
@@ -117,7 +121,8 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(capfd, arguments, message):
     assert out == "" and err.startswith("qwen3: ") and message in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["--foo"], ["-n", "many"], ["--thinking", "--no-thinking"], ["--dtype", "int4"], ["-p"]])
+@pytest.mark.parametrize("arguments", [
+    ["--foo"], ["-n", "many"], ["--thinking", "--no-thinking"], ["--dtype", "int4"], ["-p"]])
 def test_a_wrong_flag_too(capfd, arguments):
     with pytest.raises(SystemExit) as error:
         main(arguments)
@@ -140,11 +145,13 @@ def test_an_answer_that_is_cut_off_says_so(capfd):
     assert capfd.readouterr().out.strip() == ""
 
 
-def test_sampling_defaults_are_the_checkpoints_and_flags_go_before_them(capfd, monkeypatch, tmp_path):
+def test_sampling_defaults_are_the_checkpoints_and_flags_override_them(capfd, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(module, "generate", lambda model, ids, **settings: seen.append(settings) or iter(()))
-    folder = variant(tmp_path / "Sampling", {"generation_config.json": {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}})
-    for arguments, expected in [([], (0.6, 20, 0.95, None)), (["-t", "0", "-k", "0", "--top-p", "1", "--seed", "4"], (0, 0, 1.0, 4))]:
+    sampling = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    folder = variant(tmp_path / "Sampling", {"generation_config.json": sampling})
+    for arguments, expected in [([], (0.6, 20, 0.95, None)),
+                                (["-t", "0", "-k", "0", "--top-p", "1", "--seed", "4"], (0, 0, 1.0, 4))]:
         assert main(["-m", str(folder), "-p", "x", *arguments]) == 0
         assert tuple(seen[-1][name] for name in ("temperature", "top_k", "top_p", "seed")) == expected
     assert "this checkpoint suggests -t 0.6" in capfd.readouterr().err
@@ -164,12 +171,14 @@ def test_a_base_checkpoint_continues_text_unless_a_conversation_is_asked_for(cap
     monkeypatch.setattr(module, "generate", lambda model, ids, **settings: seen.append((ids, settings)) or iter(()))
     assert main(["-m", str(base), "-p", "Once upon"]) == 0
     ids, settings = seen[0]
-    assert module.Tokenizer.from_checkpoint(TINY).encode("Once upon") == ids and settings["stop_ids"] == {0}
-    assert "Base stops at 0 as a Base checkpoint does, so its chat template is not used; --chat, " in capfd.readouterr().err
+    tokenizer = module.Tokenizer.from_checkpoint(TINY)
+    assert tokenizer.encode("Once upon") == ids and settings["stop_ids"] == {0}
+    wanted = "Base stops at 0 as a Base checkpoint does, so its chat template is not used; --chat, "
+    assert wanted in capfd.readouterr().err
     assert main(["-m", str(base), "--thinking", "-p", "Once upon"]) == 0  # who asks for a conversation gets one
     ids, settings = seen[1]
-    tokenizer = module.Tokenizer.from_checkpoint(TINY)
-    assert ids == tokenizer.chat([{"role": "user", "content": "Once upon"}]) and settings["stop_ids"] == {0, tokenizer.end_of_turn}
+    assert ids == tokenizer.chat([{"role": "user", "content": "Once upon"}])
+    assert settings["stop_ids"] == {0, tokenizer.end_of_turn}
     assert "as a Base checkpoint does" not in capfd.readouterr().err
     assert main(["-m", str(base), "--chat-format", "plain", "--chat"]) == 2
     assert "--chat does not go with --chat-format plain, which continues text" in capfd.readouterr().err
@@ -192,7 +201,8 @@ def test_variants_without_the_switch_refuse_it(capfd, tmp_path):
 def test_weights_that_do_not_match_are_reported_in_one_sentence(capfd, tmp_path):
     folder = variant(tmp_path / "Wrong", {"config.json": {"num_hidden_layers": 6}})
     assert main(["-m", str(folder), "-p", "x"]) == 2
-    assert "model.layers.5.input_layernorm.weight (and 10 more) is missing from the checkpoint\n" in capfd.readouterr().err
+    wanted = "model.layers.5.input_layernorm.weight (and 10 more) is missing from the checkpoint\n"
+    assert wanted in capfd.readouterr().err
 
 
 # Conversations
@@ -223,14 +233,15 @@ def test_a_conversation_has_history_and_computes_only_what_is_new(capfd, monkeyp
     (first, none), (second, reused), (third, again) = seen
     tokenizer = module.Tokenizer.from_checkpoint(TINY)
     assert out[0].strip() in tokenizer.decode(second) and none == 0
-    # With thinking off, history has no empty think block: reused is all in front of the first answer's header.
+    # With thinking off, history has no empty think block: all before the first answer's header is reused.
     header = len(tokenizer.join([tokens.THINK]))
     assert second[:reused] == first[:reused] and 0 < reused and reused >= len(first) - header - 4
     assert out[0].strip() not in tokenizer.decode(third) and again > 0
 
 
 def test_the_commands(capfd, monkeypatch):
-    code, seen = converse(monkeypatch, "/system Be brief.", "Hello!", "/think", "Hello!", "/no_think", "/what", "/system", "Bye", "/exit", "x")
+    code, seen = converse(monkeypatch, "/system Be brief.", "Hello!", "/think", "Hello!", "/no_think", "/what",
+                          "/system", "Bye", "/exit", "x")
     out, err = capfd.readouterr()
     tokenizer = module.Tokenizer.from_checkpoint(TINY)
     texts = [tokenizer.decode(ids) for ids, _ in seen]
@@ -285,16 +296,6 @@ def test_a_conversation_that_outgrows_the_context_says_so_and_goes_on(capfd, mon
 COMMAND = [sys.executable, "-m", "qwen3.main", "-m", "Qwen3-Tiny"]
 
 
-def test_as_a_process_in_a_pipe():
-    done = subprocess.run([*COMMAND, "-p", "What is RoPE?"], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, ROPE)
-
-
-def test_a_closed_standard_error_is_no_reason_to_write_notes_elsewhere():
-    words = f'"{sys.executable}" -m qwen3.main -m Qwen3-Tiny -p "What is RoPE?" 2>&-'
-    done = subprocess.run(words, shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, ROPE)
-
 
 def test_a_closed_standard_input_ends_a_conversation(capfd, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
@@ -339,7 +340,7 @@ def test_a_reader_that_leaves_is_no_error():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals")
-def test_on_a_terminal_progress_is_shown_and_removed():
+def test_as_a_process_whose_answer_goes_into_a_pipe_and_whose_progress_is_shown_on_a_terminal_and_removed():
     ours, theirs = os.openpty()
     process = subprocess.Popen([*COMMAND, "-p", "What is RoPE?"], cwd=ROOT, stdout=subprocess.PIPE, stderr=theirs)
     os.close(theirs)
