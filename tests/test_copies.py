@@ -11,15 +11,19 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = [path.parent.name for path in sorted(ROOT.glob("*/config.py"))]
 FILES = ["config.py", "tokenizer.py", "layers.py", "attention.py", "moe.py", "model.py", "weights.py", "compiled.py", "generate.py", "main.py", "routing.py"]
 # Files of the engine that are one file, byte for byte, wherever they stand.
-EQUAL = ["tokenizer.py", "engine/__init__.py", "engine/arguments.py", "engine/chat_formats.py", "engine/chatml_shapes.py", "engine/conversation.py",
+EQUAL = ["engine/__init__.py", "engine/arguments.py", "engine/chat_formats.py", "engine/chatml_shapes.py", "engine/conversation.py",
          "engine/fields.py", "engine/memory.py", "engine/quantization.py", "engine/quantized.py", "engine/safetensors_reader.py", "engine/supported.py",
-         "engine/template_reader.py", "engine/template_shapes.py", "engine/templates.py", "engine/terminal.py", "engine/tiktoken_vocab.py"]
+         "engine/template_reader.py", "engine/template_shapes.py", "engine/templates.py", "engine/terminal.py", "engine/tiktoken_vocab.py",
+         "engine/vocabulary.py"]
+# The same between the two families of Qwen3.
+EQUAL_QWEN3 = ["tokenizer.py"]
 # What differs by nature, with the reason: {"file.py name": why}
 MAY_DIFFER = {
     "config.py Config": "each architecture has fields of its own",
     "config.py Config.from_checkpoint": "each architecture has fields of its own",
     "config.py Config.is_sparse": "which layers have experts is said in other fields",
     "config.py check_attention": "each architecture has fields of its own",
+    "tokenizer.py Tokenizer.chat": "each family has a chat format of its own",
     "layers.py KVCache": "latents instead of keys and values",
     "attention.py attention_fused": "values may be narrower than keys",
     "moe.py Router": "a softmax in one, sigmoids, a bias and groups in the other",
@@ -81,6 +85,11 @@ def test_same_name_same_code(file):
 @pytest.mark.parametrize("file", EQUAL)
 def test_engine_files_are_equal(file):
     assert len({(ROOT / package / file).read_bytes() for package in PACKAGES if (ROOT / package / file).exists()}) == 1
+
+
+@pytest.mark.parametrize("file", EQUAL_QWEN3)
+def test_files_of_the_qwen3_packages_are_equal(file):
+    assert (ROOT / "qwen3" / file).read_bytes() == (ROOT / "qwen3_moe" / file).read_bytes()
 
 
 @pytest.mark.parametrize("package", PACKAGES)

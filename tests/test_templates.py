@@ -152,6 +152,29 @@ def test_the_embedded_checkpoints_are_asked_without_a_note(package):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
+def test_the_lesson_writes_its_format_as_the_engine_does(package):
+    """Each package's tokenizer.py spells one format out; engine/chat_formats.py has the same among many."""
+    tokenizer, rng = tokenizer_of(package, ROOT / "checkpoints" / PACKAGES[package]), random.Random(0)
+    engine = module(package, "engine.chat_formats")
+    assert tokenizer.chat_format == engine.FORMATS[tokenizer.format]
+    contents = ["", "x", "\n a \n\n", "<think>\nr\n</think>\n\ny", "<think></think>\nz",
+                "r</think>a</think>\n\nb", "<think>", "<|im_end|>", "<tool_response>3</tool_response>", "<｜User｜>日本👋", "</think>\n"]
+    roles, written = ("system", "user", "assistant"), 0
+    several = [[{"role": role, "content": content} for role, content in zip(rng.choices(roles, k=n), rng.choices(contents, k=n))]
+               for n in range(7) for _ in range(80)]
+    for messages in [*json.loads(json.dumps(list(CONVERSATIONS.values()))), *several]:
+        for message in messages:
+            if message["role"] == "assistant" and rng.random() < 0.3:
+                message.update(reasoning_content=rng.choice([None, "", "r", "\nlong\n"]))
+        for thinking in (True, False):
+            parts = engine.render(tokenizer.chat_format, messages, thinking)
+            ids = tokenizer.chat(messages, thinking)
+            assert ids == tokenizer.join(parts) and tokenizer.decode(ids) == "".join(parts)
+            written += len(ids)
+    assert written > 10_000
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_a_base_checkpoint_that_carries_a_template_is_told_and_can_be_overruled(package, tmp_path):
     tiny = ROOT / "checkpoints" / PACKAGES[package]
     usual = tokenizer_of(package, tiny)

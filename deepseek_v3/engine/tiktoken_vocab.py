@@ -14,12 +14,13 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, models, pre_tokenizers
 
-from ..config import read_json
+from .fields import read_json
 
-# The published pre-tokenizer (pat_str): runs of Han, words with their leading sign, digits by three, signs, white space.
+# The published pre-tokenizer (pat_str): runs of Han, words with a leading sign, digits by three, signs, white space.
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-PIECES = "|".join([r"[\p{Han}]+", rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{ENDING}", rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{ENDING}",
+PIECES = "|".join([r"[\p{Han}]+", rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{ENDING}",
+                   rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{ENDING}",
                    r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"])
 SPECIAL = 256  # ids after the ranks; those that tokenizer_config.json does not name are reserved
 
@@ -36,8 +37,9 @@ def read_tiktoken(path: Path, alphabet: str) -> tokenizers.Tokenizer:
 
     vocabulary = {spelled(token): rank for token, rank in ranks.items()}
     merges = [tuple(map(spelled, last_pair(token, ranks))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    merges = [pair for pair in merges if len(pair) == 2]
     # ignore_merges: tiktoken takes a piece that is a token whole, even one that no merges lead to.
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, [pair for pair in merges if len(pair) == 2], ignore_merges=True))
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(PIECES), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

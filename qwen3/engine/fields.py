@@ -1,4 +1,4 @@
-"""A JSON file's fields, each read as the type that it must have; an error names the file, the field and what is wrong."""
+"""A JSON file's fields, each read as the type that it must have. An error names file, field and what is wrong."""
 
 import json
 import math
@@ -29,7 +29,8 @@ class Fields:
 
     def number(self, name: str, default: float | None = None, zero: bool = False) -> float:
         value = self.required(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 2**31 or not (value or zero):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 <= value < 2**31 or not (value or zero):
             raise ValueError(f"{self.path}: {name} is {short(value)}, expected a positive number")
         return float(value)
 
@@ -75,7 +76,8 @@ class Fields:
             if type(id) is not int or id < 0:
                 raise ValueError(f"{self.path}: {name} is {short(id)}: expected token ids below {vocab_size}")
         if beyond := [id for id in ids if id >= vocab_size]:
-            self.notes.append(f"{self.path.name}: {name} {short(beyond[0])} is outside the vocabulary of {vocab_size} and not used")
+            self.notes.append(f"{self.path.name}: {name} {short(beyond[0])} is outside the vocabulary of {vocab_size} "
+                              "and not used")
         return None if value is None else tuple(id for id in ids if id < vocab_size)
 
     def refuse(self, name: str, why: str):

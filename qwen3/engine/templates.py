@@ -1,4 +1,4 @@
-"""Which chat format a checkpoint has: by its template, which is read and never run, by the user's word, or by its vocabulary.
+"""Which chat format a checkpoint has: by its template (read, never run), by the user's word, or by its vocabulary.
 
     1. what the user names (--chat-format) is taken
     2. a template each statement of which is known (template_shapes.py) is that format, exactly
@@ -14,24 +14,30 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..config import read_json
-from .chat_formats import ASSISTANT, END_THINK, FORMATS, IM_MIDDLE, IM_START, MARKERS, NEAREST, THINK, USER, Format, named
+import tokenizers
+
+from .chat_formats import (ASSISTANT, END_THINK, FORMATS, IM_MIDDLE, IM_START, MARKERS, NEAREST, THINK, USER, Format,
+                           named)
+from .fields import read_json
 from .template_reader import STRING, NotUnderstood, read_template
 from .template_shapes import recognise, thinks
 
-# Templates that are known as a whole: sha256 of the text, its white space evened out. These are the embedded checkpoints'.
+# Templates that are known as a whole, the embedded checkpoints': sha256 of the text, its white space evened out.
 BY_HASH = {
     "a0579aab1b7be420e3815964abd8e9cfc5c932522e3ba0da748f68a834c7f71e": "qwen3",
     "910b99b244299a7030f705939bb6894dc2f04f3051c12de9f068b4056ae5ba1f": "deepseek-v3.1",
 }
 
 
-def choose_format(directory: Path, vocabulary: Mapping[str, int], stops: Iterable[int], wanted: str | None) -> tuple[Format | None, list[str]]:
+def choose_format(directory: Path, library: tokenizers.Tokenizer, stops: Iterable[int],
+                  wanted: str | None) -> tuple[Format | None, list[str]]:
     """(The chat format or None for plain text, notes). `wanted`: None to guess, "plain", "template" or a format's name.
 
     "template" takes what the template says even of a checkpoint that looks like a Base. Raises ValueError where the
     user's word cannot be followed.
     """
+    directory = directory if directory.name else directory.resolve()  # the notes name it
+    vocabulary = {token.content: id for id, token in library.get_added_tokens_decoder().items()}
     if wanted == "plain":
         return None, []
     template, notes = find_template(directory)
@@ -48,21 +54,22 @@ def choose_format(directory: Path, vocabulary: Mapping[str, int], stops: Iterabl
         notes.append(f"the chat template of {directory.name} needs {lacking}, which its vocabulary does not have")
         format = None
     if format is None and wanted == "template":
-        families = [family for family in ("deepseek", "kimi", "glm", "chatml") if not missing(FORMATS[NEAREST[family]], vocabulary)]
-        if not families:
-            raise ValueError(f"{directory.name} has no chat template that is known here, and its vocabulary fits no known chat format")
-        format = FORMATS[NEAREST[families[0]]]
-        return format, [*notes, f"{directory.name} has no chat template that is known here: by its vocabulary it is asked as {format.name}"]
+        unknown = f"{directory.name} has no chat template that is known here"
+        nearest = [FORMATS[NEAREST[family]] for family in ("deepseek", "kimi", "glm", "chatml")]
+        format = next((known for known in nearest if not missing(known, vocabulary)), None)
+        if format is None:
+            raise ValueError(f"{unknown}, and its vocabulary fits no known chat format")
+        return format, [*notes, f"{unknown}: by its vocabulary it is asked as {format.name}"]
     if format is None:
         return None, [note + ": text is continued as it is; --chat-format NAME sets a format" for note in notes[-1:]]
     end, stops = MARKERS[format.family][0], tuple(stops)
     if wanted is None and stops and vocabulary[end] not in stops:
-        spelled = {id: content for content, id in vocabulary.items()}
-        return None, [f"{directory.name} stops at {spelled.get(stops[0], stops[0])} as a Base checkpoint does, so its chat template is not used; "
+        stop = next((content for content, id in vocabulary.items() if id == stops[0]), stops[0])
+        return None, [f"{directory.name} stops at {stop} as a Base checkpoint does, so its chat template is not used; "
                       "--chat, --system, --thinking or --chat-format NAME use it"]
     if not exact:
-        notes.append(f"only the opening of the chat template of {directory.name} was recognised: it is asked as {format.name}, and its prompts "
-                     "may differ from the template's")
+        notes.append(f"only the opening of the chat template of {directory.name} was recognised: it is asked as "
+                     f"{format.name}, and its prompts may differ from the template's")
     return format, notes
 
 
@@ -154,7 +161,9 @@ def default_system(template: str) -> str | None:
         return found[1]
     for found in re.finditer(rf"set \w*system\w*(?:\.content)?\s*=\s*((?:{STRING}|[\s+\w])+?)-?%\}}", text, re.S):
         before = text[:found.start()].rpartition("if tools")
-        pieces = re.findall(STRING, found[1], re.S)  # variables between them, such as the date, are empty where nobody sets them
-        if (value := "".join(re.sub(r"\\(.)", r"\1", piece[1:-1]) for piece in pieces)) and (not before[1] or "else" in before[2]):
+        # Variables between the strings, such as the date, are empty where nobody sets them.
+        pieces = re.findall(STRING, found[1], re.S)
+        value = "".join(re.sub(r"\\(.)", r"\1", piece[1:-1]) for piece in pieces)
+        if value and (not before[1] or "else" in before[2]):
             return value
     return None
