@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = [path.parent.name for path in sorted(ROOT.glob("*/config.py"))]
 FILES = ["config.py", "tokenizer.py", "layers.py", "attention.py", "moe.py", "model.py", "weights.py", "compiled.py", "generate.py", "main.py", "routing.py"]
 # Files of the engine that are one file, byte for byte, wherever they stand.
-EQUAL = ["engine/__init__.py", "engine/arguments.py", "engine/chat_formats.py", "engine/chatml_shapes.py", "engine/conversation.py",
-         "engine/fields.py", "engine/memory.py", "engine/quantization.py", "engine/quantized.py", "engine/safetensors_reader.py", "engine/supported.py",
-         "engine/template_reader.py", "engine/template_shapes.py", "engine/templates.py", "engine/terminal.py", "engine/tiktoken_vocab.py",
-         "engine/vocabulary.py"]
+EQUAL = [f"engine/{name}.py" for name in (
+    "__init__", "architectures", "arguments", "chat_formats", "chatml_shapes", "conversation", "fields",
+    "generation_fields", "memory", "quantization", "quantized", "rope_fields", "safetensors_reader", "supported",
+    "template_reader", "template_shapes", "templates", "terminal", "tiktoken_vocab", "vocabulary")]
 # The same between the two families of Qwen3.
 EQUAL_QWEN3 = ["tokenizer.py"]
 # What differs by nature, with the reason: {"file.py name": why}
@@ -22,7 +22,6 @@ MAY_DIFFER = {
     "config.py Config": "each architecture has fields of its own",
     "config.py Config.from_checkpoint": "each architecture has fields of its own",
     "config.py Config.is_sparse": "which layers have experts is said in other fields",
-    "config.py check_attention": "each architecture has fields of its own",
     "tokenizer.py Tokenizer.chat": "each family has a chat format of its own",
     "layers.py KVCache": "latents instead of keys and values",
     "attention.py attention_fused": "values may be narrower than keys",
