@@ -158,9 +158,10 @@ def test_the_lesson_writes_its_format_as_the_engine_does(package):
     engine = module(package, "engine.chat_formats")
     assert tokenizer.chat_format == engine.FORMATS[tokenizer.format]
     contents = ["", "x", "\n a \n\n", "<think>\nr\n</think>\n\ny", "<think></think>\nz",
-                "r</think>a</think>\n\nb", "<think>", "<|im_end|>", "<tool_response>3</tool_response>", "<｜User｜>日本👋", "</think>\n"]
+                "r</think>a</think>\n\nb", "<think>", "<|im_end|>",
+                "<tool_response>3</tool_response>", "<｜User｜>日本👋", "</think>\n"]
     roles, written = ("system", "user", "assistant"), 0
-    several = [[{"role": role, "content": content} for role, content in zip(rng.choices(roles, k=n), rng.choices(contents, k=n))]
+    several = [[{"role": rng.choice(roles), "content": rng.choice(contents)} for _ in range(n)]
                for n in range(7) for _ in range(80)]
     for messages in [*json.loads(json.dumps(list(CONVERSATIONS.values()))), *several]:
         for message in messages:

@@ -2,8 +2,8 @@
 
 Published in many spellings: DeepSeek's and Qwen's `fp8`, `compressed-tensors` (Red Hat), `modelopt` (NVIDIA),
 `fbgemm_fp8` (Meta). All of them mean the formula of quantized.py, and `read_quantization` accepts what does. Such
-checkpoints also quantise activations, with scales that are stored (static) or computed (dynamic). Here activations stay in
-the wider type, so those scales are not used.
+checkpoints also quantise activations, with scales that are stored (static) or computed (dynamic). Here activations stay
+in the wider type, so those scales are not used.
 """
 
 from pathlib import Path
@@ -11,18 +11,20 @@ from pathlib import Path
 from .fields import Fields, read_json, short
 
 OTHERS = {  # what a quant_method or a quant_algo stands for
-    "awq": "AWQ, 4 bits", "gptq": "GPTQ, 4 or 8 bits", "auto-round": "AutoRound, 4 bits", "bitsandbytes": "bitsandbytes",
-    "mxfp4": "MXFP4, 4 bits", "nvfp4": "NVFP4, 4 bits", "hqq": "HQQ", "eetq": "EETQ, 8 bits", "aqlm": "AQLM, 2 bits", "quark": "Quark",
-    "torchao": "torchao", "bitnet": "BitNet", "higgs": "HIGGS", "int8": "8-bit integers", "pack-quantized": "4-bit integers",
+    "awq": "AWQ, 4 bits", "gptq": "GPTQ, 4 or 8 bits", "auto-round": "AutoRound, 4 bits",
+    "bitsandbytes": "bitsandbytes", "mxfp4": "MXFP4, 4 bits", "nvfp4": "NVFP4, 4 bits", "hqq": "HQQ",
+    "eetq": "EETQ, 8 bits", "aqlm": "AQLM, 2 bits", "quark": "Quark", "torchao": "torchao", "bitnet": "BitNet",
+    "higgs": "HIGGS", "int8": "8-bit integers", "pack-quantized": "4-bit integers",
 }
 
 
 def read_quantization(fields: Fields, directory: Path) -> dict[str, object]:
     """{"quantization": "fp8" or None, "weight_block_size": (rows, columns) or None}; ValueError for other formats."""
-    if fields.get("quantization") is not None and fields.get("quantization_config", {}) in ({}, fields.get("quantization")):
+    mlx = fields.get("quantization")
+    if mlx is not None and fields.get("quantization_config", {}) in ({}, mlx):
         bits = fields.object("quantization").get("bits", 4)
-        raise ValueError(f"{fields.path}: quantization says {short(bits)} bits: weights in MLX's format, which mlx-lm reads; get the "
-                         "release in bfloat16 or FP8")
+        raise ValueError(f"{fields.path}: quantization says {short(bits)} bits: weights in MLX's format, which mlx-lm "
+                         "reads; get the release in bfloat16 or FP8")
     beside = directory / "hf_quant_config.json"
     if fields.get("quantization_config") not in (None, {}):
         q, where = fields.object("quantization_config"), f"{fields.path}: quantization_config"
@@ -34,8 +36,8 @@ def read_quantization(fields: Fields, directory: Path) -> dict[str, object]:
     def refuse(field: str, value: object, why: str = "") -> None:
         key = str(value).lower()
         what = next((f" ({text})" for kind, text in OTHERS.items() if kind in key), "")
-        raise ValueError(f"{where}: {field} {short(value)} is not known{what}{why}; only FP8 weights (e4m3) are, with a scale for "
-                         "each block, row or tensor: get such a release or the one in bfloat16")
+        raise ValueError(f"{where}: {field} {short(value)} is not known{what}{why}; only FP8 weights (e4m3) are, "
+                         "with a scale for each block, row or tensor: get such a release or the one in bfloat16")
 
     method, algo, groups = q.get("quant_method"), q.get("quant_algo"), q.get("config_groups")
     if algo is not None and algo not in ("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN"):
@@ -48,21 +50,25 @@ def read_quantization(fields: Fields, directory: Path) -> dict[str, object]:
         refuse("quant_method", method, " without config_groups or quant_algo")
     if q.get("format") not in (None, "float-quantized", "naive-quantized", "dense"):
         refuse("format", q.get("format"))
-    for name, known in (("fmt", ("e4m3", "float8_e4m3fn")), ("activation_scheme", ("dynamic", "static")), ("scale_fmt", ("ue8m0", "float"))):
+    for name, known in (("fmt", ("e4m3", "float8_e4m3fn")), ("activation_scheme", ("dynamic", "static")),
+                        ("scale_fmt", ("ue8m0", "float"))):
         if q.get(name) is not None and q.get(name) not in known:
             refuse(name, q.get(name))
-    if all(q.get(name) is None for name in ("quant_method", "quant_algo", "config_groups", "fmt", "activation_scheme", "weight_block_size")):
+    says = ("quant_method", "quant_algo", "config_groups", "fmt", "activation_scheme", "weight_block_size")
+    if all(q.get(name) is None for name in says):
         refuse("quant_method", None)
     for name in ("transform_config", "sparsity_config"):  # a Hadamard rotation, weights left out
-        if (value := q.get(name)) and not (isinstance(value, dict) and value.get("format", "dense") == "dense" and name[0] == "s"):
+        value = q.get(name)
+        dense = name == "sparsity_config" and isinstance(value, dict) and value.get("format", "dense") == "dense"
+        if value and not dense:
             refuse(name, value)
     block = read_block(q, "weight_block_size", refuse)
     for group in groups.values() if isinstance(groups, dict) else [groups] if groups is not None else []:
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict):
             refuse("config_groups", groups)
-        for name, known in (("num_bits", (8,)), ("type", ("float",)), ("symmetric", (None, True)), ("group_size", (None,)),
-                            ("strategy", (None, "tensor", "channel", "block"))):
+        for name, known in (("num_bits", (8,)), ("type", ("float",)), ("symmetric", (None, True)),
+                            ("group_size", (None,)), ("strategy", (None, "tensor", "channel", "block"))):
             if weights.get(name) not in known and not (name == "group_size" and weights.get(name) in (0, -1)):
                 refuse(f"weights {name}", weights.get(name))
         block = read_block(Fields(fields.path, weights), "block_structure", refuse) or block
@@ -73,6 +79,7 @@ def read_block(fields: Fields, name: str, refuse) -> tuple[int, int] | None:
     block = fields.get(name)
     if block is None:
         return None
-    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and 0 < size < 2**31 for size in block):
+    if not isinstance(block, list) or len(block) != 2 or not all(
+            type(size) is int and 0 < size < 2**31 for size in block):
         refuse(name, block)
     return tuple(block)

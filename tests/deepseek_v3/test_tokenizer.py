@@ -36,7 +36,7 @@ def test_conversations_are_those_of_the_published_templates(library, render):
     ids = tokenizer.chat(render["messages"], thinking=bool(render["thinking"]))
     assert tokenizer.decode(ids) == render["rendered"]
     if (render["model"], render["case"]) == ("V3", "history_think"):
-        # V3 repeats an answer as it is, and the reference reads a control token out of it; here text stays text.
+        # V3 repeats an answer as it is, and the reference reads a special token out of it; here text stays text.
         assert THINK in render["messages"][1]["content"] and tokenizer.control_ids[THINK] not in ids
     else:
         assert ids == render["ids_r1_tokenizer"]
