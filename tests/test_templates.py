@@ -173,6 +173,30 @@ def test_the_embedded_checkpoints_are_asked_without_a_note(package):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
+def test_the_lesson_writes_its_format_as_the_engine_does(package):
+    """Each package's tokenizer.py spells one format out; engine/chat_formats.py has the same among many."""
+    tokenizer, rng = tokenizer_of(package, ROOT / "checkpoints" / PACKAGES[package]), random.Random(0)
+    engine = module(package, "engine.chat_formats")
+    assert tokenizer.chat_format == engine.FORMATS[tokenizer.format]
+    contents = ["", "x", "\n a \n\n", "<think>\nr\n</think>\n\ny", "<think></think>\nz",
+                "r</think>a</think>\n\nb", "<think>", "<|im_end|>",
+                "<tool_response>3</tool_response>", "<｜User｜>日本👋", "</think>\n"]
+    roles, written = ("system", "user", "assistant"), 0
+    several = [[{"role": rng.choice(roles), "content": rng.choice(contents)} for _ in range(n)]
+               for n in range(7) for _ in range(80)]
+    for messages in [*json.loads(json.dumps(list(CONVERSATIONS.values()))), *several]:
+        for message in messages:
+            if message["role"] == "assistant" and rng.random() < 0.3:
+                message.update(reasoning_content=rng.choice([None, "", "r", "\nlong\n"]))
+        for thinking in (True, False):
+            parts = engine.render(tokenizer.chat_format, messages, thinking)
+            ids = tokenizer.chat(messages, thinking)
+            assert ids == tokenizer.join(parts) and tokenizer.decode(ids) == "".join(parts)
+            written += len(ids)
+    assert written > 10_000
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_a_base_checkpoint_that_carries_a_template_is_told_and_can_be_overruled(package, tmp_path):
     tiny = ROOT / "checkpoints" / PACKAGES[package]
     usual = tokenizer_of(package, tiny)
@@ -325,10 +349,9 @@ def test_ids_are_those_of_the_render(name, tmp_path, read_real):
         pytest.skip("its tokens are not in Qwen3's vocabulary")
     path, tokenizer, library = read_real("r1 on qwen3" if EXACT[name]["format"].startswith("deepseek") else "qwen3")
     (tmp_path / "chat_template.jinja").write_text(EXACT[name]["template"])
-    vocabulary = {token.content: id for id, token in library.get_added_tokens_decoder().items()}
     stops = module("qwen3", "config").Config.from_checkpoint(path).eos_token_id
     tokenizer = copy.copy(tokenizer)  # from_checkpoint, for a folder with this template
-    tokenizer.chat_format, notes = templates.choose_format(tmp_path, vocabulary, stops, None)
+    tokenizer.chat_format, notes = templates.choose_format(tmp_path, library, stops, None)
     assert notes == []
     for conversation, mode in itertools.product(CONVERSATIONS.keys() - {"thought_in_history"}, MODES):
         ids = library.encode(expected(EXACT[name], conversation, mode), add_special_tokens=False).ids

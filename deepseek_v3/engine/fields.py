@@ -58,6 +58,22 @@ class Fields:
             raise ValueError(f"{self.path}: {name} is {short(value)}, expected true or false")
         return value
 
+    def default(self, name: str, value: object) -> None:
+        """Take `value` where the file does not say."""
+        if self.get(name) is None and value is not None:
+            self.values[name] = value
+
+    def check_every(self, name: str, layers: int, wanted: object, why: str) -> None:
+        """A list with an entry for each layer. The error shows the first that is not the wanted one, not the list."""
+        given = self.get(name)
+        if not isinstance(given, list):
+            self.refuse(name, f"expected a list with an entry for each layer; {why}")
+        if len(given) != layers:
+            raise ValueError(f"{self.path}: {name} has {len(given)} entries for {layers} layers")
+        for layer, entry in enumerate(given):
+            if entry != wanted:
+                raise ValueError(f"{self.path}: {name} says {short(entry)} for layer {layer}: {why}")
+
     def dtype(self) -> torch.dtype | None:
         """`dtype` or `torch_dtype`; None where the file has neither, and the tensors decide."""
         name = "dtype" if self.get("dtype") is not None else "torch_dtype"
@@ -82,6 +98,16 @@ class Fields:
 
     def refuse(self, name: str, why: str):
         raise ValueError(f"{self.path}: {plain(name)} is {short(self.values.get(name))}: {why}")
+
+
+def check_off(fields: Fields, off: dict[str, tuple]) -> None:
+    """ValueError for the first field that is switched on. `off`: the values that switch each one off."""
+    for name, values in off.items():
+        value = fields.get(name)
+        is_off = any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
+        if value is not None and not is_off:
+            only = f"only {' and '.join(map(str, values)).lower()} is known" if values else "it is not computed here"
+            fields.refuse(name, only)
 
 
 def short(value: object, most: int = 60) -> str:

@@ -1,18 +1,22 @@
-"""The chat formats that are known, each as data, and the code that writes a conversation in them.
+"""The chat formats of other releases and of fine-tunes: each as data, and the code that writes a conversation in it.
 
-    ChatML            <|im_start|>user\\nquestion<|im_end|>\\n<|im_start|>assistant\\n   Qwen and most fine-tunes of it
-    DeepSeek          <｜begin▁of▁sentence｜><｜User｜>question<｜Assistant｜>            V3, R1, V3.1, distilled models
+The lesson (tokenizer.py) writes out the format of its own family. Here it is once more, among the others, and a test
+holds the two equal.
+
+    ChatML            <|im_start|>user\\nquestion<|im_end|>\\n<|im_start|>assistant\\n      Qwen, most fine-tunes of it
+    DeepSeek          <｜begin▁of▁sentence｜><｜User｜>question<｜Assistant｜>               V3, R1, V3.1, distilled ones
     Moonlight, Kimi   <|im_user|>user<|im_middle|>question<|im_end|><|im_assistant|>assistant<|im_middle|>
-    GLM               [gMASK]<sop><|user|>question<|assistant|>                        GLM-4.5, GLM-4.7
+    GLM               [gMASK]<sop><|user|>question<|assistant|>                            GLM-4.5, GLM-4.7
 
 Within a family, formats differ in a few things, which are the fields of Format. A conversation becomes a list of texts
 and special tokens (class Special): text of a message never becomes a special token, however it is spelled.
 """
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
 
+# The names of special tokens are text here. Only Special(name), which a chat format writes, becomes the token.
 IM_START, IM_END, IM_MIDDLE, THINK, END_THINK = "<|im_start|>", "<|im_end|>", "<|im_middle|>", "<think>", "</think>"
 # Full-width bars (U+FF5C) and low blocks (U+2581): no keyboard types them, and they are spelled here only.
 BOS, EOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"
@@ -27,20 +31,21 @@ FIRST = ((BOS,), GLM_START)  # what stands before any text, where a vocabulary h
 SPELLED = sorted({*sum(MARKERS.values(), ()), BOS, THINK, END_THINK, "/nothink"}, key=len, reverse=True)
 
 # Added tokens of the published tokenizers that a text never becomes, though most are not marked as special there.
-PUBLISHED = frozenset(
-    [*SPELLED, *("<|endoftext|> <|EOT|> [BOS] [EOS] [UNK] [PAD] [MASK] [sMASK] <eop> <|observation|>").split()]
-    + [f"<|{name}|>" for name in (
-        "object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start vision_end vision_pad "
-        "image_pad video_pad fim_prefix fim_middle fim_suffix fim_pad repo_name file_sep start_header_id end_header_id "
-        "eot_id tool_calls_section_begin tool_calls_section_end tool_call_begin tool_call_argument_begin tool_call_end "
-        "media_start media_content media_end media_pad begin_of_image end_of_image begin_of_video end_of_video "
-        "begin_of_audio end_of_audio begin_of_transcription end_of_transcription image audio video code_prefix "
-        "code_middle code_suffix begin_of_box end_of_box").split()]
-    + [f"<{slash}{name}>" for slash in ("", "/") for name in "tool_call tool_response tools arg_key arg_value".split()]
-    + [f"<\uff5c{name}\uff5c>".replace(" ", "\u2581") for name in (
-        " pad ", "fim hole", "fim begin", "fim end", "search begin", "search end", "tool calls begin", "tool calls end",
-        "tool call begin", "tool call end", "tool outputs begin", "tool outputs end", "tool output begin",
-        "tool output end", "tool sep")])
+BARRED = """
+    object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start vision_end vision_pad image_pad
+    video_pad fim_prefix fim_middle fim_suffix fim_pad repo_name file_sep start_header_id end_header_id eot_id
+    tool_calls_section_begin tool_calls_section_end tool_call_begin tool_call_argument_begin tool_call_end media_start
+    media_content media_end media_pad begin_of_image end_of_image begin_of_video end_of_video begin_of_audio
+    end_of_audio begin_of_transcription end_of_transcription image audio video code_prefix code_middle code_suffix
+    begin_of_box end_of_box endoftext EOT observation""".split()
+BRACKETED = ["[BOS]", "[EOS]", "[UNK]", "[PAD]", "[MASK]", "[sMASK]", "<eop>"]
+TAGGED = "tool_call tool_response tools arg_key arg_value".split()
+FULL_WIDTH = [" pad ", "fim hole", "fim begin", "fim end", "search begin", "search end", "tool calls begin",
+              "tool calls end", "tool call begin", "tool call end", "tool outputs begin", "tool outputs end",
+              "tool output begin", "tool output end", "tool sep"]
+PUBLISHED = frozenset([
+    *SPELLED, *BRACKETED, *(f"<|{name}|>" for name in BARRED), *(f"<{tag}>" for tag in TAGGED),
+    *(f"</{tag}>" for tag in TAGGED), *(f"<\uff5c{name}\uff5c>".replace(" ", "\u2581") for name in FULL_WIDTH)])
 NUMBERED = re.compile("<\uff5cplace\u2581holder\u2581no\u2581\\d+\uff5c>|<\\|reserved_\\w*\\d+\\|>")
 
 
@@ -52,9 +57,9 @@ class Special(str):
 class Format:
     """One chat format. `opening`: what the prompt writes after the answer's header, with thinking and without."""
 
-    name: str
+    name: str | None
     family: str
-    thinking: str  # "switch", "always", "never"
+    thinking: str | None  # "switch", "always", "never"
     opening: tuple[str, str] = ("", "")
     system: str | None = None  # what stands in place of a system prompt where the conversation has none
     late_system: bool = True  # a system message that is not the first is a turn like others
@@ -62,9 +67,12 @@ class Format:
     trim: bool = False  # white space around every content is cut
     # DeepSeek's only:
     systems: str = "joined"  # several system messages are "joined", or the "last" one counts
-    header: str = "answer"  # written by each "answer", each "question", or an answer "after question"
-    opens: str = "always"  # when the prompt ends with it: "always", "unless asked" (a question wrote it), "when asked"
+    header: str = "answer"  # what writes the answer's header: each "answer" or "question", an answer "after question"
+    opens: str = "always"  # the prompt ends with the header "always", "when asked", "unless asked" (question did it)
     closed: bool = False  # </think> before each earlier answer
+
+
+PLAIN = Format(None, "", None)  # no chat format: text is continued as it is
 
 
 def known(*formats: Format) -> dict[str, Format]:
@@ -88,12 +96,24 @@ FORMATS = known(
            history="after first thought", closed=True),
     Format("moonlight", "kimi", "never", system="You are a helpful assistant provided by Moonshot-AI."),
     Format("kimi-k2", "kimi", "never", system="You are a helpful assistant"),
-    Format("kimi-k2-thinking", "kimi", "always", system="You are Kimi, an AI assistant created by Moonshot AI.",
-           closed=True),
+    Format("kimi-k2-thinking", "kimi", "always", closed=True,
+           system="You are Kimi, an AI assistant created by Moonshot AI."),
     Format("glm-4.5", "glm", "switch", ("", "\n<think></think>")),
     Format("glm-4.7", "glm", "switch", ("<think>", "</think>"), history="untrimmed"))
 # Which format to take where only the vocabulary is known.
 NEAREST = {"chatml": "chatml", "deepseek": "deepseek-v3", "kimi": "kimi-k2", "glm": "glm-4.7"}
+
+
+def find_format(format: Format | str | None) -> Format:
+    """A format, or the one of that name; None stands for plain text."""
+    return PLAIN if format is None else named(format) if isinstance(format, str) else format
+
+
+def find_ends(format: Format, special: dict[str, int]) -> tuple[int | None, list[int]]:
+    """(The id that ends an answer or None, the ids that stand before any text), of the vocabulary's special tokens."""
+    ends = [MARKERS[format.family][0]] if format.family else [IM_END, EOS]
+    first = next((names for names in FIRST if set(names) <= set(special)), ())
+    return next((special[name] for name in ends if name in special), None), [special[name] for name in first]
 
 
 def named(name: str, names: Iterable[str] = FORMATS) -> Format:
@@ -109,24 +129,34 @@ def literal(text: str) -> list[str]:
     return [Special(part) if i % 2 else part for i, part in enumerate(parts) if part]
 
 
-def render(format: Format, messages: list[dict[str, str]], thinking: bool) -> list[str]:
-    """A conversation as texts and special tokens in turn, up to and with the beginning of the answer."""
-    messages = [message | {"role": check_message(message)} for message in messages]
+def render(format: Format, messages: list[dict[str, str]], thinking: bool,
+           special: Container[str] | None = None) -> list[str]:
+    """A conversation as texts and special tokens in turn, up to and with the beginning of the answer.
+
+    DeepSeek's first token is left out where `special`, the vocabulary's special tokens, has none: a model with such a
+    vocabulary was trained without it.
+    """
+    if not format.family:
+        raise ValueError("this is taken for a Base checkpoint, which continues plain text; from_checkpoint(folder, "
+                         'chat_format="template") follows its chat template, and a name of a format forces that one')
+    check_messages(messages)
     if format.trim:
         messages = [message | {"content": message["content"].strip()} for message in messages]
     write = {"chatml": chatml, "deepseek": deepseek, "kimi": kimi, "glm": glm}[format.family]
-    return write(format, messages, format.opening[0 if thinking else 1])
+    parts = write(format, messages, format.opening[0 if thinking else 1])
+    without_bos = special is not None and BOS not in special
+    return [part for part in parts if not (without_bos and isinstance(part, Special) and part == BOS)]
 
 
-def check_message(message: dict[str, str]) -> str:
-    """The role of a message; ValueError if the message cannot be rendered."""
-    role = message.get("role")
-    if role not in ("system", "user", "assistant") or message.get("tool_calls") is not None:
-        raise ValueError(f"a message has role {str(role)[:40]!r}; known are system, user and assistant, without tool "
-                         "calls")
-    if not isinstance(message.get("content"), str):
-        raise ValueError(f"the content of a message of role {role!r} is not text")
-    return role
+def check_messages(messages: list[dict[str, str]]) -> None:
+    """ValueError for a message that cannot be written down."""
+    for message in messages:
+        role = message.get("role")
+        if role not in ("system", "user", "assistant") or message.get("tool_calls") is not None:
+            raise ValueError(f"a message has role {str(role)[:40]!r}; known are system, user and assistant, "
+                             "without tool calls")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"the content of a message of role {role!r} is not text")
 
 
 def split_reasoning(message: dict[str, str]) -> tuple[str, str]:
@@ -152,15 +182,14 @@ def with_default_system(format: Format, messages: list[dict[str, str]]) -> list[
 def remembered(format: Format, message: dict[str, str], asked_later: bool, last: bool) -> list[str]:
     """An answer of the history. Reasoning is mostly left out: it was needed once, and would fill the context.
 
-    whole                  as it is
-    answer                 what follows </think>, without the newlines before it
-    answer, last whole     the same, except the conversation's last message, which stays as it is
-    answer, if thought     the same, except an answer without </think>, which keeps its newlines
-    after thought          what follows </think>, with its newlines
-    last question          reasoning stays in what follows the last question, in the very last message even if empty
-    last question, if any  the same, except empty reasoning
-    kept                   reasoning always stays, even if empty
-    kept, if any           the same, except empty reasoning
+    "whole"                   as it is
+    "answer"                  what follows </think>, without newlines before it
+    "answer, last whole"      the same, except the conversation's last message
+    "answer, if thought"      the same, but with its newlines where it has no </think>
+    "after thought"           what follows </think>, always with its newlines; "after first thought": the first </think>
+    "last question"           reasoning stays after the last question, and the very last message has it even if empty
+    "last question, if any"   the same, except where it is empty
+    "kept"                    reasoning always stays, even if empty; "kept, if any": except where it is empty
     """
     history = format.history
     if history == "whole" or (history == "answer, last whole" and last):
@@ -204,9 +233,8 @@ def deepseek(format: Format, messages: list[dict[str, str]], opening: str) -> li
     for i, message in enumerate(messages):
         content = message["content"]
         if message["role"] == "user":
-            is_last = i == len(messages) - 1
-            by_question = format.header == "question" or (format.header == "question, not the last" and not is_last)
-            parts += [Special(USER), content, *(header if by_question else [])]
+            by_question = ("question",) if i == len(messages) - 1 else ("question", "question, not the last")
+            parts += [Special(USER), content, *(header if format.header in by_question else [])]
             asked = True
         elif message["role"] == "assistant":
             if format.history.startswith("after"):
@@ -242,7 +270,7 @@ def glm(format: Format, messages: list[dict[str, str]], opening: str) -> list[st
             continue
         reasoning, answer = split_reasoning(message)
         if format.history == "untrimmed" and not isinstance(message.get("reasoning_content"), str):
-            # Newlines alone count as reasoning here.
+            # newlines alone count as reasoning
             reasoning = content.split(END_THINK)[0].split(THINK)[-1] if END_THINK in content else ""
         thought = [Special(THINK), reasoning.strip(), Special(END_THINK)] if i > asked and reasoning else literal(
             "<think></think>" if older else END_THINK)

@@ -1,4 +1,4 @@
-"""Which chat format a checkpoint has: by its template, which is read and never run, by name, or by its vocabulary.
+"""Which chat format a checkpoint has: by its template (read, never run), by the user's word, or by its vocabulary.
 
     1. what the user names (--chat-format) is taken
     2. a template each statement of which is known (template_shapes.py) is that format, exactly
@@ -14,27 +14,31 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..config import read_json
-from .chat_formats import (
-    ASSISTANT, END_THINK, FORMATS, IM_MIDDLE, IM_START, MARKERS, NEAREST, THINK, USER, Format, named)
+import tokenizers
+
+from .chat_formats import (ASSISTANT, END_THINK, FORMATS, IM_MIDDLE, IM_START, MARKERS, NEAREST, THINK, USER, Format,
+                           named)
+from .fields import read_json
 from .template_expressions import STRING, NotUnderstood
 from .template_reader import read_template
 from .template_shapes import recognise, thinks
 
-# Templates that are known as a whole, by the sha256 of the text with single spaces: those of the embedded checkpoints.
+# Templates that are known as a whole, the embedded checkpoints': sha256 of the text, its white space evened out.
 BY_HASH = {
     "a0579aab1b7be420e3815964abd8e9cfc5c932522e3ba0da748f68a834c7f71e": "qwen3",
     "910b99b244299a7030f705939bb6894dc2f04f3051c12de9f068b4056ae5ba1f": "deepseek-v3.1",
 }
 
 
-def choose_format(directory: Path, vocabulary: Mapping[str, int], stops: Iterable[int],
+def choose_format(directory: Path, library: tokenizers.Tokenizer, stops: Iterable[int],
                   wanted: str | None) -> tuple[Format | None, list[str]]:
     """(The chat format or None for plain text, notes). `wanted`: None to guess, "plain", "template" or a format's name.
 
     "template" takes what the template says even of a checkpoint that looks like a Base. Raises ValueError where
     `wanted` cannot be used.
     """
+    directory = directory if directory.name else directory.resolve()  # the notes name it
+    vocabulary = {token.content: id for id, token in library.get_added_tokens_decoder().items()}
     if wanted == "plain":
         return None, []
     name = directory.name
@@ -52,9 +56,9 @@ def choose_format(directory: Path, vocabulary: Mapping[str, int], stops: Iterabl
         notes.append(f"the chat template of {name} needs {lacking}, which its vocabulary does not have")
         format = None
     if format is None and wanted == "template":
-        formats = [FORMATS[NEAREST[family]] for family in ("deepseek", "kimi", "glm", "chatml")]
-        format = next((format for format in formats if not missing(format, vocabulary)), None)
-        unknown = f"{name} has no chat template that is known here"
+        unknown = f"{directory.name} has no chat template that is known here"
+        nearest = [FORMATS[NEAREST[family]] for family in ("deepseek", "kimi", "glm", "chatml")]
+        format = next((known for known in nearest if not missing(known, vocabulary)), None)
         if format is None:
             raise ValueError(f"{unknown}, and its vocabulary fits no known chat format")
         return format, [*notes, f"{unknown}: by its vocabulary it is asked as {format.name}"]
@@ -63,11 +67,11 @@ def choose_format(directory: Path, vocabulary: Mapping[str, int], stops: Iterabl
     end, stops = MARKERS[format.family][0], tuple(stops)
     if wanted is None and stops and vocabulary[end] not in stops:
         stop = next((content for content, id in vocabulary.items() if id == stops[0]), stops[0])
-        return None, [f"{name} stops at {stop} as a Base checkpoint does, so its chat template is not used; "
+        return None, [f"{directory.name} stops at {stop} as a Base checkpoint does, so its chat template is not used; "
                       "--chat, --system, --thinking or --chat-format NAME use it"]
     if not exact:
-        notes.append(f"only the opening of the chat template of {name} was recognised: it is asked as {format.name}, "
-                     "and its prompts may differ from the template's")
+        notes.append(f"only the opening of the chat template of {directory.name} was recognised: it is asked as "
+                     f"{format.name}, and its prompts may differ from the template's")
     return format, notes
 
 
@@ -158,9 +162,10 @@ def default_system(template: str) -> str | None:
     if found := re.search(r"<\|im_start\|>system\n((?:(?!<\|im_end\|>|['\"]\s*[+}]|\{\{).)+)<\|im_end\|>", text, re.S):
         return found[1]
     for found in re.finditer(rf"set \w*system\w*(?:\.content)?\s*=\s*((?:{STRING}|[\s+\w])+?)-?%\}}", text, re.S):
-        _, has_tools, since = text[:found.start()].rpartition("if tools")
-        pieces = re.findall(STRING, found[1], re.S)  # variables between them, such as the date, are empty if not set
+        before = text[:found.start()].rpartition("if tools")
+        # Variables between the strings, such as the date, are empty where nobody sets them.
+        pieces = re.findall(STRING, found[1], re.S)
         value = "".join(re.sub(r"\\(.)", r"\1", piece[1:-1]) for piece in pieces)
-        if value and (not has_tools or "else" in since):
+        if value and (not before[1] or "else" in before[2]):
             return value
     return None
