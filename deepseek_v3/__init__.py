@@ -16,7 +16,7 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 
 def __getattr__(name: str) -> type:
-    """`deepseek_v3.DeepseekV3` and `deepseek_v3.DeepseekV3Config`, imported when they are asked for: torch takes seconds."""
+    """`deepseek_v3.DeepseekV3` and `.DeepseekV3Config`, imported when they are asked for: torch takes seconds."""
     if name not in NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = NAMES[name]

@@ -62,7 +62,8 @@ def top_k_top_p(logits: Tensor, temperature: float, top_k: int | None, top_p: fl
     return probabilities, ids
 
 
-def penalise(logits: Tensor, text: Tensor, answer: Tensor, repetition_penalty: float, presence_penalty: float) -> Tensor:
+def penalise(logits: Tensor, text: Tensor, answer: Tensor, repetition_penalty: float,
+             presence_penalty: float) -> Tensor:
     """Make tokens less likely that came already: logits (B, V) -> (B, V) float32.
 
     A model that has said a thing twice finds it likely a third time, and may never leave the loop. `text` (B, V) is
@@ -116,7 +117,7 @@ def generate(model: Model, prompt_ids: list[int], *, max_new_tokens: int, stop_i
              acceptance: "Acceptance | None" = None, **sampling: float | None) -> Iterator[int]:
     """Yield new ids one by one; a stop id ends the sequence and is not yielded.
 
-    `sampling` are the settings of Sampler: temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, seed.
+    `sampling` are the settings of Sampler: temperature, top_k, top_p, min_p, the two penalties, seed.
     A `cache` that already holds the first tokens of the prompt saves computing them again; afterwards it holds all
     tokens but the last. `compiled` decodes by engine/compiled.py: the same tokens, to rounding. `speculative` gives the
     same tokens in fewer steps, counts in `acceptance`, and may leave the last token and a stop id in the cache.

@@ -37,7 +37,7 @@ def softmax_scale(config: Config) -> float:
 
 
 class Attention(nn.Module):
-    """(B, T, D) -> (B, T, D). `absorb` None takes the form that needs fewer operations; True and False are for tests."""
+    """(B, T, D) -> (B, T, D). `absorb` None takes the form with fewer operations; True and False are for tests."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()

@@ -46,7 +46,7 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
     for name in files.tensors:
         module, _, leaf = name.rpartition(".")
         is_bias = leaf == "e_score_correction_bias"  # float32 whatever the others are, and never trained by gradients
-        tensor = files.read(name).to(device, torch.float32 if is_bias else dtype)  # the view itself where nothing changes
+        tensor = files.read(name).to(device, torch.float32 if is_bias else dtype)  # the view itself if nothing changes
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=not is_bias))
     model.tie_weights()
     return model.eval()

@@ -3,8 +3,8 @@
     arguments ──> config, tokenizer, model ──> ids of the question ──> generate ──> ids of the answer ──> text
 
 The answer goes to standard output and nothing else does; what the model thinks, notes, progress and speed go
-to standard error. Exit code 0, 2 for a user's mistake (one sentence says which), 130 after Ctrl-C. Flags, the search for
-a checkpoint's folder, printing and typing are in engine/arguments.py, engine/terminal.py and engine/conversation.py.
+to standard error. Exit code 0, 2 for a user's mistake (one sentence says which), 130 after Ctrl-C. Flags, the search
+for a checkpoint's folder, printing and typing are in engine/arguments.py, engine/terminal.py, engine/conversation.py.
 """
 
 import argparse
@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = Tokenizer.from_checkpoint(folder, **chat_format(arguments))
     conversation = Conversation(arguments, folder, config, tokenizer)
     question = find_question(arguments)
-    prompt_ids = conversation.prompt_ids([{"role": "user", "content": DEFAULT_PROMPT if question is None else question}])
+    asked = DEFAULT_PROMPT if question is None else question
+    prompt_ids = conversation.prompt_ids([{"role": "user", "content": asked}])
     for text in (*notes, *(f"note: {text}" for text in conversation.notes())):
         note(text)
 

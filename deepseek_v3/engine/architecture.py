@@ -12,7 +12,7 @@ from .experts import FastExperts, check_compiled, stack_experts  # noqa: F401 fo
 from .fast import FastLinear, fused_sdpa, matmul
 from .safetensors_reader import CheckpointFiles
 
-KEPT_IN_FLOAT32 = ("e_score_correction_bias",)  # tensors that stay float32 whatever the others are, by the last part of their names
+KEPT_IN_FLOAT32 = ("e_score_correction_bias",)  # stay float32 whatever the others are, by the last part of their names
 
 
 class FusedAttention(Attention):
@@ -25,7 +25,8 @@ class FusedAttention(Attention):
 
     def each_head(self, x: Tensor, W: Tensor) -> Tensor:
         rows = x.transpose(0, 1).flatten(1, 2).contiguous()  # (H, B*T, in)
-        # `matmul` is fast on matrices that lie row by row; W_UK^T lies column by column, and would be slower by a factor.
+        # `matmul` is fast on matrices that lie row by row; W_UK^T lies column by column, and would take several times
+        # as long.
         y = matmul(rows, W) if W.stride(-1) == 1 else rows @ W.mT
         return y.unflatten(1, (len(x), -1)).transpose(0, 1)
 

@@ -42,10 +42,12 @@ class Routing:
         tokens = sum(int(counts.sum()) for counts in worked.values()) // (self.active * max(len(worked), 1))
         lines = [f"experts by layer: {tokens} tokens, {self.active} of {E} experts each"
                  + (f"; {per_character} experts a character" if per_character > 1 else ""),
-                 f"{SHADES[1]} under half the fair share  {SHADES[2]} up to it  {SHADES[3]} up to twice  {SHADES[4]} more"]
+                 "{1} under half the fair share  {2} up to it  {3} up to twice  {4} more".format(*SHADES)]
         for layer, counts in worked.items():
             load = counts.float() * len(counts) / max(int(counts.sum()), 1)  # 1 is a fair share
             groups = [float(part.mean()) for part in load.split(per_character)]
-            cells = "".join(SHADES[0 if g == 0 else 1 if g < 0.5 else 2 if g <= 1 else 3 if g <= 2 else 4] for g in groups)
-            lines.append(f"layer {layer:2} │{cells}│ busiest {float(load.max()):4.1f}  idle {int((counts == 0).sum()):3}")
+            cells = "".join(SHADES[0 if g == 0 else 1 if g < 0.5 else 2 if g <= 1 else 3 if g <= 2 else 4]
+                            for g in groups)
+            busiest, idle = float(load.max()), int((counts == 0).sum())
+            lines.append(f"layer {layer:2} │{cells}│ busiest {busiest:4.1f}  idle {idle:3}")
         return "\n".join(lines)

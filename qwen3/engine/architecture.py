@@ -9,7 +9,7 @@ from ..model import Model
 from .fast import FastLinear, fused_sdpa
 from .safetensors_reader import CheckpointFiles
 
-KEPT_IN_FLOAT32 = ()  # tensors that stay float32 whatever the others are, by the last part of their names
+KEPT_IN_FLOAT32 = ()  # stay float32 whatever the others are, by the last part of their names
 
 
 class FusedAttention(Attention):

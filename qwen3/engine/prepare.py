@@ -32,9 +32,10 @@ def read_checkpoint(directory: str | Path, every: int = 997) -> tuple[Config, Ch
     config, files, notes = Config.from_checkpoint(directory), CheckpointFiles(directory), []
     check_tensor_names(files.directory, files.tensors)
     parts = count_parts(config)
-    if max(parts.values()) > len(files.tensors):  # a damaged number, and all of them would be built before one is missed
+    if max(parts.values()) > len(files.tensors):  # a damaged number: all would be built before one is missed
         asked = " and ".join(f"{count} {what}" for what, count in parts.items())
-        raise ValueError(f"{files.directory}: config.json asks for {asked}, the files hold {len(files.tensors)} tensors")
+        raise ValueError(f"{files.directory}: config.json asks for {asked}, the files hold {len(files.tensors)} "
+                         "tensors")
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if config.tie_word_embeddings and head in files.tensors and embedding not in files.tensors:
         files.tensors[embedding] = files.tensors.pop(head)  # stored once, under the other name
@@ -48,8 +49,9 @@ def read_checkpoint(directory: str | Path, every: int = 997) -> tuple[Config, Ch
     config = correct(config, files)
     if config.quantization == "fp8":
         scales = sorted({name.rpartition(".")[2] for name in files.passed_over if name.endswith("_scale")})
-        notes.append("FP8 weights: activations and cache stay in a wider type here than the checkpoint's scheme asks for"
-                     + (f" ({', '.join(scales)} not used)" if scales else ""))
+        unused = f" ({', '.join(scales)} not used)" if scales else ""
+        notes.append("FP8 weights: activations and cache stay in a wider type here than the checkpoint's scheme asks "
+                     f"for{unused}")
     return replace(config, notes=(*config.notes, *notes)), files
 
 
@@ -127,7 +129,7 @@ def find_formats(model: Model, files: CheckpointFiles) -> dict[str, tuple[type[Q
 
 
 def check_names_and_shapes(model: Model, files: CheckpointFiles, formats: dict | None = None) -> dict[str, tuple]:
-    """What to load: name -> shape. Each parameter has its tensor, each tensor its parameter, of one shape; or ValueError."""
+    """What to load: name -> shape. ValueError where one lacks the other, or their shapes differ."""
     formats = find_formats(model, files) if formats is None else formats
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name, (_, leaves) in formats.items():
@@ -152,8 +154,8 @@ def check_names_and_shapes(model: Model, files: CheckpointFiles, formats: dict |
 def check_plain(model: Model, files: CheckpointFiles, dtype: torch.dtype | str | None) -> torch.dtype:
     """The type in which the lesson's own loading makes all weights; ValueError for what only the engine can load."""
     if find_formats(model, files):
-        raise ValueError(f"{files.directory}: its weights are quantised, which only the engine reads; leave out --plain "
-                         "(or engine=False)")
+        raise ValueError(f"{files.directory}: its weights are quantised, which only the engine reads; leave out "
+                         "--plain (or engine=False)")
     check_names_and_shapes(model, files, {})
     embedding = "model.embed_tokens.weight"
     with safe_open(files.tensors[embedding].path, framework="pt") as file:

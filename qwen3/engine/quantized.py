@@ -35,7 +35,7 @@ class QuantizedLinear(FastLinear):
     @staticmethod
     def stored(files: CheckpointFiles, name: str, shape: tuple[int, int],
                config: Config) -> dict[str, tuple[int, ...]] | None:
-        """What is stored for the Linear `name` with a W of `shape`: parameter -> shape; None where it is not this format.
+        """What is stored for the Linear `name` with a W of `shape`: parameter -> shape; None for another format.
 
         Raises ValueError for a damaged or unannounced format.
         """

@@ -31,7 +31,7 @@ def yarn(period: Tensor, theta: float, scaling) -> tuple[Tensor, float]:
     high += 0.001 if low == high else 0  # a step instead of a ramp, not a division by zero
     ramp = ((torch.arange(N // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
     keep = 1 - ramp  # 1 for pairs that keep their speed, 0 for those that are slowed
-    # In the reference implementation's order: another one changes the last bit, and at position 4,000 the logits by 1e-5.
+    # In the reference implementation's order: another changes the last bit, and at position 4,000 the logits by 1e-5.
     frequencies = 1 / (scaling.factor * period) * (1 - keep) + 1 / period * keep
 
     if scaling.attention_factor is not None:

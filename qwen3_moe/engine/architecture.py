@@ -9,7 +9,7 @@ from .experts import FastExperts, check_compiled, stack_experts  # noqa: F401 fo
 from .fast import FastLinear, fused_sdpa, matmul
 from .safetensors_reader import CheckpointFiles
 
-KEPT_IN_FLOAT32 = ()  # tensors that stay float32 whatever the others are, by the last part of their names
+KEPT_IN_FLOAT32 = ()  # stay float32 whatever the others are, by the last part of their names
 
 
 class FusedAttention(Attention):

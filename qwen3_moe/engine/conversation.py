@@ -36,7 +36,7 @@ Several pasted lines are one question. Ctrl-C stops an answer, clears a half-typ
 
 
 def chat_format(arguments: argparse.Namespace) -> dict[str, str]:
-    """The tokenizer's argument: a user who asks for a conversation gets one, even if the files look like a Base checkpoint."""
+    """The tokenizer's argument: who asks for a conversation gets one, even where the files look like a Base checkpoint."""
     asked = arguments.chat or arguments.system or arguments.thinking is not None
     wanted = arguments.chat_format or ("template" if asked else None)
     return {"chat_format": wanted} if wanted else {}
@@ -52,9 +52,10 @@ class Conversation:
         for flag in ("chat", "system", "thinking"):
             if tokenizer.thinking is None and getattr(arguments, flag):
                 if arguments.chat_format:
-                    raise ValueError(f"--{flag} does not go with --chat-format {arguments.chat_format[:80]}, which continues text")
-                raise ValueError(f"--{flag} does not work with {self.name}, a Base checkpoint or one whose chat format is not "
-                                 "known: it continues text; --chat-format NAME sets a format")
+                    raise ValueError(f"--{flag} does not go with --chat-format {arguments.chat_format[:80]}, which "
+                                     "continues text")
+                raise ValueError(f"--{flag} does not work with {self.name}, a Base checkpoint or one whose chat format "
+                                 "is not known: it continues text; --chat-format NAME sets a format")
         self.sampling = {}
         for name in SAMPLING:
             given = getattr(arguments, name)
@@ -83,10 +84,11 @@ class Conversation:
             if self.config.temperature > 0 and self.thinking:
                 yield ("without sampling, thinking tends to repeat itself without end; this checkpoint suggests "
                        f"-t {self.config.temperature}")
-            idle = [flag for flag, value in (("-k", arguments.top_k), ("--top-p", arguments.top_p), ("--min-p", arguments.min_p),
-                                             ("--seed", arguments.seed)) if value is not None]
+            flags = {"-k": arguments.top_k, "--top-p": arguments.top_p, "--min-p": arguments.min_p,
+                     "--seed": arguments.seed}
+            idle = ", ".join(flag for flag, value in flags.items() if value is not None)
             if idle and arguments.temperature is None:
-                yield f"{', '.join(idle)}: without effect, since nothing is sampled here without a -t above 0, such as -t 1"
+                yield f"{idle}: without effect, since nothing is sampled here without a -t above 0, such as -t 1"
 
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """The conversation as ids; ValueError if they leave no room in the context for an answer."""
@@ -113,8 +115,9 @@ class Conversation:
         size = check_memory(self.folder, device, dtype, tokens, tokens * per_token)
         kept = "FP8" if self.config.quantization and dtype is None else str(compute).removeprefix("torch.")
         why = "" if self.arguments.device or device.type != "cpu" else " (no GPU found)"
-        slow = " (slow there; --dtype bfloat16, if it fits, expands them once)" if (kept, device.type) == ("FP8", "cpu") else ""
-        note(f"{self.name}: {size} of weights in {kept} on {device}{why}{slow}, {per_token / 1e3:.1f} kB of cache per token")
+        if (kept, device.type) == ("FP8", "cpu"):
+            why += " (slow there; --dtype bfloat16, if it fits, expands them once)"
+        note(f"{self.name}: {size} of weights in {kept} on {device}{why}, {per_token / 1e3:.1f} kB of cache per token")
         return device, dtype
 
     def begin(self, model: Model, answer_ids: Callable[..., Iterator[int]], remark: Callable[[], str] = str) -> None:
@@ -140,9 +143,10 @@ class Conversation:
             reading.end()
             self.cached_ids = prompt_ids + speed.ids
         if len(speed.ids) == limit:
-            full = len(prompt_ids) + limit >= self.config.context_length
-            note(f"cut off after {limit} tokens" + (f": the context of {self.config.context_length} tokens is full" if full
-                                                    else "; -n allows more"))
+            room = self.config.context_length
+            full = len(prompt_ids) + limit >= room
+            why = f": the context of {room} tokens is full" if full else "; -n allows more"
+            note(f"cut off after {limit} tokens{why}")
         note(speed.summary(self.remark()))
         return text
 
@@ -184,7 +188,8 @@ class Speed:
         if not self.ids:
             return f"prompt {self.prompt_tokens} tokens · answer 0 tokens"
         start, first, last = self.times[0], self.times[1], self.times[-1]
-        text = f"prompt {self.prompt_tokens} tokens, {self.prompt_tokens / (first - start):,.0f} tok/s · answer {len(self.ids)} tokens"
+        rate = self.prompt_tokens / (first - start)
+        text = f"prompt {self.prompt_tokens} tokens, {rate:,.0f} tok/s · answer {len(self.ids)} tokens"
         if last > first:
             rate = (len(self.ids) - 1) / (last - first)
             text += f", {rate:,.1f} tok/s · {remark or f'reads {gigabytes(rate * self.bytes_per_token)}/s of weights'}"

@@ -35,7 +35,7 @@ def count_bytes(config: Config, files: CheckpointFiles, dtype: torch.dtype | str
 
 
 def bytes_per_token(model: Model) -> int:
-    """What one new token reads: all weights; of the experts those that it is routed to; of an untied embedding a row."""
+    """What one new token reads: all weights, but only its own experts, and only a row of an untied embedding."""
     total = experts = 0
     drafts = f"model.layers.{model.config.num_hidden_layers}."  # a draft layer has no part in a plain step
     for name, parameter in model.named_parameters():
