@@ -36,7 +36,7 @@ Several pasted lines are one question. Ctrl-C stops an answer, clears a half-typ
 
 
 def chat_format(arguments: argparse.Namespace) -> dict[str, str]:
-    """The tokenizer's argument: who asks for a conversation gets one, even where the files look like a Base checkpoint."""
+    """The tokenizer's argument: who asks for a conversation gets one, even if the files look like a Base."""
     asked = arguments.chat or arguments.system or arguments.thinking is not None
     wanted = arguments.chat_format or ("template" if asked else None)
     return {"chat_format": wanted} if wanted else {}

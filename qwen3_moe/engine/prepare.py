@@ -129,7 +129,7 @@ def find_formats(model: Model, files: CheckpointFiles) -> dict[str, tuple[type[Q
 
 
 def check_names_and_shapes(model: Model, files: CheckpointFiles, formats: dict | None = None) -> dict[str, tuple]:
-    """What to load: name -> shape. ValueError where a parameter has no tensor, a tensor no parameter, or shapes differ."""
+    """What to load: name -> shape. ValueError where one lacks the other, or their shapes differ."""
     formats = find_formats(model, files) if formats is None else formats
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name, (_, leaves) in formats.items():

@@ -95,7 +95,7 @@ def show_answer(tokenizer, prompt_ids: list[int], ids: Iterator[int]) -> str:
 
 
 def segments(tokenizer, prompt_ids: list[int], ids: Iterator[int]) -> Iterator[tuple[bool, str]]:
-    """(Is it reasoning?, text) in pieces; <think> and </think> separate the two in a conversation, not in plain text."""
+    """(Is it reasoning?, text) in pieces; in a conversation <think> and </think> separate the two."""
     think, end = (tokenizer.control_ids.get(mark) for mark in (THINK, END_THINK))
     if tokenizer.thinking is None:
         think = end = None
