@@ -13,6 +13,14 @@ def module(package: str, name: str) -> ModuleType:
     return importlib.import_module(f"{package}.{name}")
 
 
+def with_engine(package: str, model: torch.nn.Module) -> torch.nn.Module:
+    """The same model with the engine's parts in it, as load_model swaps them in."""
+    faster = module(package, "engine.architecture").FASTER
+    for part in model.modules():
+        part.__class__ = faster.get(type(part), type(part))
+    return model
+
+
 def stack_on_the_cpu(monkeypatch, package: str, one_kernel: bool = False) -> None:
     """Let load_model put experts into stacks as it does on a GPU, and forward take them for what is one kernel there."""
     experts = module(package, "engine.experts")

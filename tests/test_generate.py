@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen3.generate import sample
-from tests.packages import PACKAGES, module as module_of
+from tests.packages import PACKAGES, module as module_of, with_engine
 
 NUMBERS = dict(vocab_size=61, hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=6,
                num_key_value_heads=2, head_dim=8, max_position_embeddings=128, rms_norm_eps=1e-6, rope_theta=1e4)
@@ -29,14 +29,14 @@ def module(package):
     return module_of(package, "generate")
 
 
-def made(package: str) -> torch.nn.Module:
+def made(package: str, engine: bool = True) -> torch.nn.Module:
     """A small model with weights larger than at the start of training, so that tokens depend on the context."""
     config = module_of(package, "config").Config(**EACH[package])
     torch.manual_seed(4)
     model = module_of(package, "model").Model(config).eval()
     for weight in model.parameters():
         weight.data *= {1: 1, 2: 14}[weight.ndim]
-    return model
+    return with_engine(package, model) if engine else model
 
 
 @pytest.fixture(scope="module")
