@@ -21,6 +21,13 @@ def with_engine(package: str, model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def without_compiler(monkeypatch, package: str, compiled=lambda function: function) -> None:
+    """Let the compiled step run what `compiled` makes of its function: as it stands, in no time."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled(function))
+    # Else PyTorch's compiler is imported to be asked, which takes seven seconds.
+    monkeypatch.setattr(module(package, "engine.compiled"), "compiler_options", lambda device: {})
+
+
 def stack_on_the_cpu(monkeypatch, package: str, one_kernel: bool = False) -> None:
     """Let load_model put experts into stacks as it does on a GPU, and forward take them for what is one kernel there."""
     experts = module(package, "engine.experts")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from tests.packages import PACKAGES, module as module_of
+from tests.packages import PACKAGES, module as module_of, without_compiler
 from tests.test_generate import EACH, PROMPT, PROMPTS, made, slowly
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
@@ -138,7 +138,7 @@ def test_all_ways_penalise_alike(module, package, model, monkeypatch, repetition
     cache.truncate(6)
     assert list(module.generate(model, PROMPT, cache=cache, **more)) == expected[0]  # what the cache knows counts as well
     if package == "qwen3":
-        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+        without_compiler(monkeypatch, package)
         assert list(module.generate(model, PROMPT, compiled=True, **more)) == expected[0]
     if package == "deepseek_v3":
         from tests.deepseek_v3.test_speculative import Cheat
@@ -285,7 +285,7 @@ def test_a_prompt_whose_logits_are_not_finite_is_one_sentence(module, package, m
 def test_an_answer_ends_where_its_logits_are_not_finite(module, package, model, monkeypatch, way):
     if (way, package) not in {("plain", package), ("compiled", "qwen3"), ("speculative", "deepseek_v3")}:
         pytest.skip("not a way of this package (or one that needs a GPU's stacks)")
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    without_compiler(monkeypatch, package)
     answer, got = slowly(model, PROMPT, 12), []
     place = next(i for i in range(2, 9) if answer[i] not in answer[:i] + PROMPT)
     with pytest.raises(ValueError, match=f"^the logits of new token {place + 2} are not finite"):
