@@ -99,9 +99,10 @@ def read(model: Model, ids: list[int], cache: KVCache) -> Tensor:
 def draft(model: Model, following: list[int], hidden: Tensor, cache: KVCache) -> Tensor:
     """Logits (1, V) for the token after the last of `following`, which came after the states `hidden` (1, T, D)."""
     ids = torch.tensor([following], device=hidden.device)
-    for chunk, states in zip(ids.split(PREFILL_CHUNK, 1), hidden.split(PREFILL_CHUNK, 1)):
-        logits = model.mtp(chunk, states, cache, last_only=True)
-    return logits[0]
+    *chunks, last = zip(ids.split(PREFILL_CHUNK, 1), hidden.split(PREFILL_CHUNK, 1))
+    for chunk, states in chunks:
+        model.model.predict_second(chunk, states, cache)
+    return model.mtp(*last, cache, last_only=True)[0]
 
 
 def distribution(sampler: Sampler, logits: Tensor, number: int) -> Tensor:

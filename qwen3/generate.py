@@ -144,9 +144,10 @@ def generate(model: Model, prompt_ids: list[int], *, max_new_tokens: int, stop_i
 
 def prefill(model: Model, token_ids: Tensor, cache: KVCache) -> Tensor:
     """Put (B, T) tokens into the cache; return the logits of the last one, (B, V)."""
-    for chunk in token_ids.split(PREFILL_CHUNK, dim=1):
-        logits = model(chunk, cache, last_only=True)  # (B, 1, V)
-    return logits[:, -1]
+    *chunks, last = token_ids.split(PREFILL_CHUNK, dim=1)
+    for chunk in chunks:
+        model.model(chunk, cache)  # without the head, whose logits nobody asks for here
+    return model(last, cache, last_only=True)[:, -1]
 
 
 def decode(model: Model, tokens: Tensor, cache: KVCache) -> Tensor:

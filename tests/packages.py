@@ -6,17 +6,31 @@ from types import ModuleType
 import torch
 
 # package -> its embedded checkpoint
-PACKAGES = {"qwen3": "Qwen3-Tiny", "qwen3_moe": "Qwen3-MoE-Tiny",
-            "deepseek_v3": "DeepSeek-V3-Tiny"}
+PACKAGES = {"qwen3": "Qwen3-Tiny", "qwen3_moe": "Qwen3-MoE-Tiny", "deepseek_v3": "DeepSeek-V3-Tiny"}
 
 
 def module(package: str, name: str) -> ModuleType:
     return importlib.import_module(f"{package}.{name}")
 
 
+def with_engine(package: str, model: torch.nn.Module) -> torch.nn.Module:
+    """The same model with the engine's parts in it, as load_model swaps them in."""
+    faster = module(package, "engine.architecture").FASTER
+    for part in model.modules():
+        part.__class__ = faster.get(type(part), type(part))
+    return model
+
+
+def without_compiler(monkeypatch, package: str, compiled=lambda function: function) -> None:
+    """Let the compiled step run what `compiled` makes of its function: as it stands, in no time."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled(function))
+    # Else PyTorch's compiler is imported to be asked, which takes seven seconds.
+    monkeypatch.setattr(module(package, "engine.compiled"), "compiler_options", lambda device: {})
+
+
 def stack_on_the_cpu(monkeypatch, package: str, one_kernel: bool = False) -> None:
     """Let load_model put experts into stacks as it does on a GPU, and forward take them for what is one kernel there."""
-    weights = module(package, "weights")
-    real = weights.type_of_stacks
-    monkeypatch.setattr(weights, "type_of_stacks", lambda config, files, device, *more: real(config, files, torch.device("cuda"), *more))
-    monkeypatch.setattr(module(package, "moe"), "grouped_mm_is_one_kernel", lambda *_: one_kernel)
+    experts = module(package, "engine.experts")
+    real, gpu = experts.type_of_stacks, torch.device("cuda")
+    monkeypatch.setattr(experts, "type_of_stacks", lambda config, files, device, *more: real(config, files, gpu, *more))
+    monkeypatch.setattr(experts, "grouped_mm_is_one_kernel", lambda *_: one_kernel)

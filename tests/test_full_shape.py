@@ -36,14 +36,15 @@ def test_full_shapes_give_the_tokens_and_logits_of_transformers(full_shape, dtyp
 
 
 def test_latent_attention_at_positions_beyond_the_original_context(full_shape):
-    """Every position of the prompt, expanded and absorbed, at once and from the cache; 163,839 is the last there is."""
+    """Every position of the prompt, expanded and absorbed, whole and from the cache; 163,839 is the last there is."""
     package, folder = full_shape
     if package != "deepseek_v3":
         pytest.skip("only deepseek_v3 has latents")
     reference = json.loads((HERE / package / "reference/full.json").read_text())["far"]
-    model, ids, expected = module(package, "weights").load_model(folder, dtype="float32"), torch.tensor([reference["prompt"]]), torch.tensor(reference["logits"])
+    model = module(package, "weights").load_model(folder, dtype="float32")
+    ids, expected = torch.tensor([reference["prompt"]]), torch.tensor(reference["logits"])
     rotary, far = model.model.rotary_emb, torch.tensor(FAR)
-    model.model.rotary_emb = lambda positions, length, dtype: rotary(far[positions], max(FAR) + 1, dtype)
+    model.model.rotary_emb = lambda positions, dtype: rotary(far[positions], dtype)
     for absorb in (False, True):
         for layer in model.model.layers:
             layer.self_attn.absorb = absorb

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen3.generate import sample
-from tests.packages import PACKAGES, module as module_of
+from tests.packages import PACKAGES, module as module_of, with_engine
 
 NUMBERS = dict(vocab_size=61, hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=6,
                num_key_value_heads=2, head_dim=8, max_position_embeddings=128, rms_norm_eps=1e-6, rope_theta=1e4)
@@ -29,14 +29,14 @@ def module(package):
     return module_of(package, "generate")
 
 
-def made(package: str) -> torch.nn.Module:
+def made(package: str, engine: bool = True) -> torch.nn.Module:
     """A small model with weights larger than at the start of training, so that tokens depend on the context."""
     config = module_of(package, "config").Config(**EACH[package])
     torch.manual_seed(4)
     model = module_of(package, "model").Model(config).eval()
     for weight in model.parameters():
         weight.data *= {1: 1, 2: 14}[weight.ndim]
-    return model
+    return with_engine(package, model) if engine else model
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +63,13 @@ def test_cache_and_no_cache_give_the_same_tokens(module, model, length):
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 10, 11, 12])
-def test_prefill_in_chunks_gives_the_logits_of_the_whole(module, model, monkeypatch, chunk):
+def test_prefill_in_chunks_gives_the_logits_of_the_whole(package, module, model, monkeypatch, chunk):
+    conversation = module_of(package, "engine.conversation")
     monkeypatch.setattr(module, "PREFILL_CHUNK", chunk)
     cache, calls = module.new_cache(model, len(PROMPT)), []
     with torch.inference_mode():
-        logits = module.prefill(model, torch.tensor([PROMPT]), cache, lambda *done: calls.append(done))
+        conversation.Reading(model, len(PROMPT), lambda *done: calls.append(done))
+        logits = module.prefill(model, torch.tensor([PROMPT]), cache)
         assert torch.allclose(logits, model(torch.tensor([PROMPT]))[:, -1], atol=1e-4)
     layers = model.config.num_hidden_layers
     assert cache.length == len(PROMPT) and calls[-1] == (11, 11) and len(calls) == -(-11 // chunk) * layers
@@ -77,10 +79,11 @@ def test_prefill_in_chunks_gives_the_logits_of_the_whole(module, model, monkeypa
 
 def test_a_long_prompt_takes_no_memory_in_proportion_to_its_square(module, model, monkeypatch):
     """No mask and no logits larger than a chunk allows."""
-    tokens, projected, head = forwards(monkeypatch, model), [], type(model).head
-    monkeypatch.setattr(type(model), "head", lambda self, x: projected.append(x.shape[:-1].numel()) or head(self, x))
+    tokens, projected = forwards(monkeypatch, model), []
+    hook = model.lm_head.register_forward_hook(lambda head, inputs, _: projected.append(inputs[0].shape[:-1].numel()))
     monkeypatch.setattr(module, "PREFILL_CHUNK", 8)
     list(module.generate(model, list(range(60)), max_new_tokens=3))
+    hook.remove()
     assert tokens == [8] * 7 + [4, 1, 1]
     assert projected == [1, 1, 1]  # the end of the prompt and two new tokens: the head runs for nothing else
 
@@ -118,10 +121,11 @@ def test_sequences_of_a_batch_end_on_their_own(module, model):
 
 
 def forwards(monkeypatch, model: torch.nn.Module) -> list[int]:
-    """The number of tokens of each forward of the decoder from now on."""
-    Decoder = type(model.model)
-    lengths, forward = [], Decoder.forward
-    monkeypatch.setattr(Decoder, "forward", lambda self, ids, *rest: lengths.append(ids.shape[1]) or forward(self, ids, *rest))
+    """The number of tokens of each forward of all layers from now on."""
+    Transformer = type(model.model)
+    lengths, forward = [], Transformer.forward
+    monkeypatch.setattr(Transformer, "forward",
+                        lambda self, ids, *rest: lengths.append(ids.shape[1]) or forward(self, ids, *rest))
     return lengths
 
 

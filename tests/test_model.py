@@ -106,9 +106,9 @@ def test_the_wrong_pairing_of_rope_is_noticed(folders, monkeypatch, package):
         return torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).flatten(-2)
 
     if package == "deepseek_v3":
-        monkeypatch.setattr(module(package, "mla"), "neighbours_apart", lambda x: x)  # half-split, as Qwen3
+        monkeypatch.setattr(module(package, "mla"), "deinterleave", lambda x: x)  # half-split, as Qwen3
     else:
-        monkeypatch.setattr(module(package, "attention"), "rotate", interleaved)
+        monkeypatch.setattr(module(package, "layers"), "rotate", interleaved)
     expected = LOGITS[package][f"{PLAIN[package]}.short.float32"]
     logits = load(package, folders[package][PLAIN[package]])(torch.tensor([PROMPT]))[0]
     assert (logits - expected).abs().max() > 0.1 * expected.abs().max()
@@ -167,7 +167,7 @@ def test_logits_of_the_second_token_are_those_of_the_reference_put_together(fold
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_gradients_work_after_generating(folders, package):
-    """Tables made while generating are made without gradients and must not stop a later training step."""
+    """What is made while generating is made without gradients and must not stop a later training step."""
     model = load(package, folders[package][PLAIN[package]])
     list(module(package, "generate").generate(model, PROMPT, max_new_tokens=2))
     model(torch.tensor([PROMPT])).sum().backward()

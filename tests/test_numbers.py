@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from tests.packages import PACKAGES, module as module_of
+from tests.packages import PACKAGES, module as module_of, without_compiler
 from tests.test_generate import EACH, PROMPT, PROMPTS, made, slowly
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
@@ -86,8 +86,8 @@ def test_penalty_and_sampling_give_the_probabilities_of_transformers(module, set
     text = torch.zeros(1, 8, dtype=torch.bool)
     text[0, [0, 4]] = True
     logits = module.penalise(LOGITS[None], text, text, repetition_penalty, 0.0)
-    probabilities, ids = module.candidates(logits, temperature, top_k, top_p, min_p)
-    all_ = probabilities if ids is None else torch.zeros(1, 8).scatter(-1, ids, probabilities)
+    probabilities, ids = module.top_k_top_p(logits, temperature, top_k, top_p, min_p)
+    all_ = torch.zeros(1, 8).scatter(-1, ids, probabilities)
     assert torch.allclose(all_ / all_.sum(), torch.tensor(EXPECTED[settings]), atol=2e-6)
     count, generator = 20000, torch.Generator().manual_seed(1)
     counts = torch.bincount(module.sample(logits.expand(count, -1), temperature, top_k, top_p, generator, min_p=min_p), minlength=8)
@@ -138,7 +138,7 @@ def test_all_ways_penalise_alike(module, package, model, monkeypatch, repetition
     cache.truncate(6)
     assert list(module.generate(model, PROMPT, cache=cache, **more)) == expected[0]  # what the cache knows counts as well
     if package == "qwen3":
-        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+        without_compiler(monkeypatch, package)
         assert list(module.generate(model, PROMPT, compiled=True, **more)) == expected[0]
     if package == "deepseek_v3":
         from tests.deepseek_v3.test_speculative import Cheat
@@ -191,8 +191,9 @@ def test_speculation_has_exactly_the_distribution_of_plain_sampling(monkeypatch,
     monkeypatch.setattr(speculative, "verify", verify)
     found, accepted = {}, 0
     while True:
-        place, chance, acceptance = 0, 1.0, generate.Acceptance()
-        tokens = tuple(generate.generate(model, prompt, max_new_tokens=3, speculative=True, acceptance=acceptance, **settings))
+        place, chance, acceptance = 0, 1.0, speculative.Acceptance()
+        tokens = tuple(generate.generate(model, prompt, max_new_tokens=3, speculative=True, acceptance=acceptance,
+                                         **settings))
         found[tokens] = found.get(tokens, 0.0) + chance
         accepted += acceptance.accepted
         # The next way: the last choice that has another outcome of some probability.
@@ -208,6 +209,7 @@ def test_speculation_has_exactly_the_distribution_of_plain_sampling(monkeypatch,
 
     plain = dict(settings)
     repetition, presence = plain.pop("repetition_penalty", 1.0), plain.pop("presence_penalty", 0.0)
+    sampler = generate.Sampler(model, [prompt], **plain)
     for tokens in itertools.product(range(3), repeat=3):
         expected = 1.0
         for count, token in enumerate(tokens):
@@ -218,7 +220,7 @@ def test_speculation_has_exactly_the_distribution_of_plain_sampling(monkeypatch,
                 logits[other] = logits[other] / repetition if logits[other] > 0 else logits[other] * repetition
             for other in set(ids[len(prompt):]):
                 logits[other] -= presence
-            expected *= float(generate.distribution(torch.tensor([logits]), plain["temperature"], plain.get("top_k"), None, plain.get("min_p"))[0, token])
+            expected *= float(speculative.distribution(sampler, torch.tensor([logits]), count + 1)[token])
         assert found.get(tokens, 0.0) == pytest.approx(expected, abs=1e-5)
     assert accepted > 10
 
@@ -246,11 +248,11 @@ def test_a_prompt_is_read_at_the_call(module, model):
 
 
 def test_a_cache_that_does_not_fit_is_refused_in_a_sentence(module, package, model):
-    cache_of = type(module.new_cache(model, 1))
-    smaller = module_of(package, "config").Config(**EACH[package] | {"num_hidden_layers": 2})
-    for cache in (module.new_cache(model, 40, [0, 0]), module.new_cache(model, 40, [0, 3]), module.new_cache(model, 40, [3]),
-                  cache_of(model.config, 40, torch.bfloat16), cache_of(model.config, 40, torch.float32, "meta"),
-                  cache_of(smaller, 40, torch.float32)):
+    KVCache = module_of(package, "layers").KVCache
+    layers = [layer.self_attn for layer in model.model.layers[:model.config.num_hidden_layers]]
+    for cache in (module.new_cache(model, 40, [0, 0]), module.new_cache(model, 40, [0, 3]),
+                  module.new_cache(model, 40, [3]), KVCache(layers, 40, torch.bfloat16),
+                  KVCache(layers, 40, torch.float32, "meta"), KVCache(layers[:2], 40, torch.float32)):
         with pytest.raises(ValueError, match="the cache was made for another model, type or device, or for a batch"):
             module.generate(model, PROMPT, max_new_tokens=3, cache=cache)
     assert list(module.generate(model, PROMPT, max_new_tokens=3, cache=module.new_cache(model, 2, [0]))) == slowly(model, PROMPT, 3)
@@ -283,7 +285,7 @@ def test_a_prompt_whose_logits_are_not_finite_is_one_sentence(module, package, m
 def test_an_answer_ends_where_its_logits_are_not_finite(module, package, model, monkeypatch, way):
     if (way, package) not in {("plain", package), ("compiled", "qwen3"), ("speculative", "deepseek_v3")}:
         pytest.skip("not a way of this package (or one that needs a GPU's stacks)")
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    without_compiler(monkeypatch, package)
     answer, got = slowly(model, PROMPT, 12), []
     place = next(i for i in range(2, 9) if answer[i] not in answer[:i] + PROMPT)
     with pytest.raises(ValueError, match=f"^the logits of new token {place + 2} are not finite"):
@@ -441,7 +443,7 @@ def test_many_threads_generate_as_one_and_leave_the_process_as_it_was(module, pa
     x, W = torch.ones(256, 512).bfloat16(), torch.ones(1024, 512).bfloat16()
 
     def seconds(enough: float = 0.0) -> float:
-        """Of a product that a prompt would need; the best of many, since the machine has others to serve."""
+        """Of a matmul that a prompt would need; the best of many, since the machine has others to serve."""
         times = [1.0]
         while len(times) < (500 if enough else 20) and min(times) > enough:
             start = time.perf_counter()
@@ -451,31 +453,22 @@ def test_many_threads_generate_as_one_and_leave_the_process_as_it_was(module, pa
 
     before, fast = state(), seconds()
     for _ in range(2):
-        model.model.rotary_emb.cos = model.model.rotary_emb.sin = model.model.rotary_emb.cos[:0]  # all threads have to make it
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(lambda request: list(module.generate(model, **request)), requests)) == alone
     assert state() == before
     assert seconds(enough=8 * fast) <= 8 * fast  # without oneDNN it takes 50 times as long
 
 
-def test_a_product_of_one_row_touches_no_flag_of_the_process(package, monkeypatch):
-    layers, flags, x = module_of(package, "layers"), type(torch.backends.mkldnn), torch.ones(1, 8).bfloat16()
+def test_a_matmul_of_one_row_touches_no_flag_of_the_process(package, monkeypatch):
+    fast, flags, x = module_of(package, "engine.fast"), type(torch.backends.mkldnn), torch.ones(1, 8).bfloat16()
     monkeypatch.setattr(flags, "__setattr__", lambda *_: pytest.fail("a flag of the whole process was set"))
     monkeypatch.setattr(flags, "enabled", property(lambda self: True, lambda *_: pytest.fail("a flag of the whole process was set")))
-    assert layers.product(x, torch.ones(4, 8).bfloat16()).tolist() == [[8.0] * 4]
+    assert fast.matmul(x, torch.ones(4, 8).bfloat16()).tolist() == [[8.0] * 4]
 
 
-def test_tables_of_positions_may_change_under_a_thread(package, model, monkeypatch):
-    """Another thread, which had a shorter prompt, puts its shorter tables there at the worst moment."""
-    rotary = copy.deepcopy(model).model.rotary_emb
-    positions, grow = torch.arange(900)[None], type(rotary).grow
-    expected = rotary(positions, 900, torch.float32)
-
-    def interrupted(self, length, device):
-        tables = grow(self, length, device)
-        grow(self, 256, device)
-        return tables
-
-    monkeypatch.setattr(type(rotary), "grow", interrupted)
-    rotary.cos = rotary.sin = rotary.cos[:0]
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(rotary(positions, 900, torch.float32), expected))
+def test_positions_are_computed_anew_and_kept_nowhere(model):
+    """So that no other thread, with a longer or a shorter prompt, can change them meanwhile."""
+    rotary = model.model.rotary_emb
+    before = dict(vars(rotary))
+    rotary(torch.arange(900)[None], torch.bfloat16)
+    assert before.keys() == vars(rotary).keys() and all(vars(rotary)[name] is value for name, value in before.items())

@@ -155,6 +155,7 @@ def type_of_stacks(config: Config, files: CheckpointFiles, device: torch.device,
 
 def check_compiled(model: Model) -> None:
     """ValueError for experts that are not stacked."""
-    if not all(part.is_stacked() for part in model.modules() if isinstance(part, FastExperts)):
+    every = [part for part in model.modules() if isinstance(part, Experts)]
+    if not all(isinstance(experts, FastExperts) and experts.is_stacked() for experts in every):
         raise ValueError("compiled steps need the experts in stacks, which load_model makes on a GPU only; "
                          "leave out --compile")

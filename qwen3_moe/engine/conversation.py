@@ -133,11 +133,11 @@ class Conversation:
         cached = self.cached_ids[:self.cache.length]  # Ctrl-C may have come before the last of them were computed
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(cached, prompt_ids)))
         self.cache.truncate(min(common, len(prompt_ids) - 1))
+        limit = self.new_tokens(prompt_ids)
         speed = Speed(self.model, len(prompt_ids) - self.cache.length)
         reading = Reading(self.model, len(prompt_ids) - self.cache.length, progress("reading prompt token"))
-        limit = self.new_tokens(prompt_ids)
-        ids = self.answer_ids(prompt_ids, max_new_tokens=limit, cache=self.cache)
         try:
+            ids = self.answer_ids(prompt_ids, max_new_tokens=limit, cache=self.cache)
             text = show_answer(self.tokenizer, prompt_ids, speed.watch(ids))
         finally:
             reading.end()

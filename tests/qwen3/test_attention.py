@@ -1,17 +1,20 @@
-"""Attention: the rule, the definition, and the faster ways to it."""
+"""Attention: the mask's rule, the reference implementation, and the fused one."""
 
+import copy
 import math
 
 import pytest
 import torch
 
-from qwen3 import attention
-from qwen3.attention import attend, attention_fused, attention_mask, attention_written_out
 from qwen3.config import Config
+from qwen3.engine import architecture
+from qwen3.engine.architecture import FusedAttention
+from qwen3.layers import Attention, attention_mask
 from qwen3.model import Model
+from tests.packages import with_engine
 
 CONFIG = Config(vocab_size=50, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6,
-                     num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-6, rope_theta=1e4)
+                num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-6, rope_theta=1e4)
 
 
 @pytest.mark.parametrize("first, T, padding", [(0, 1, None), (0, 5, None), (3, 4, None), (6, 1, None),
@@ -23,7 +26,7 @@ def test_the_mask_is_the_rule(first, T, padding):
             for slot in range(first + T):
                 p = first + t
                 sees = slot <= p and slot >= pad or (slot == p and p < pad)
-                got = True if mask is None else bool(mask[t, slot] if mask.ndim == 2 else mask[row, 0, t, slot])
+                got = bool(mask[t, slot] if mask.ndim == 2 else mask[row, 0, t, slot])
                 assert got == sees, (row, p, slot)
 
 
@@ -34,8 +37,7 @@ def attention_by_loops(q, k, v, mask):
         for h in range(q.shape[1]):
             group = h // (q.shape[1] // k.shape[1])
             for t in range(q.shape[2]):
-                seen = [s for s in range(k.shape[2])
-                        if mask is None or (mask[t, s] if mask.ndim == 2 else mask[b, 0, t, s])]
+                seen = [s for s in range(k.shape[2]) if (mask[t, s] if mask.ndim == 2 else mask[b, 0, t, s])]
                 scores = [float(q[b, h, t] @ k[b, group, s]) / math.sqrt(q.shape[3]) for s in seen]
                 total = sum(math.exp(score - max(scores)) for score in scores)
                 for s, score in zip(seen, scores):
@@ -47,8 +49,8 @@ def attention_by_loops(q, k, v, mask):
 def test_every_form_of_attention_is_the_definition(first, T, padding):
     q, k, v, mask = queries_keys_values(first, T, padding)
     slow = attention_by_loops(q, k, v, mask)
-    for form in (attention_written_out, attention_fused, attend):
-        assert torch.allclose(form(q, k, v, mask, 8 ** -0.5), slow, atol=1e-5), form.__name__
+    for form in (Attention, FusedAttention):
+        assert torch.allclose(form(CONFIG, 0).sdpa(q, k, v, mask), slow, atol=1e-5), form.__name__
 
 
 def queries_keys_values(first, T, padding):
@@ -60,30 +62,31 @@ def queries_keys_values(first, T, padding):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_a_model_with_written_out_attention_gives_the_same_logits(monkeypatch, dtype, tolerance):
+def test_a_model_with_reference_attention_gives_the_same_logits(dtype, tolerance):
     torch.manual_seed(0)
     model, ids = Model(CONFIG).to(dtype), torch.randint(50, (2, 20))
-    fast = model(ids).float()
-    monkeypatch.setattr(attention, "attend", attention_written_out)
+    fast = with_engine("qwen3", copy.deepcopy(model))(ids).float()
     assert (model(ids).float() - fast).abs().max() <= tolerance * fast.abs().max()
 
 
 @pytest.mark.parametrize("T", [1, 3])
 def test_keys_and_values_are_never_repeated(monkeypatch, T):
-    shapes = []
+    for form, owner, name in ((Model(CONFIG), Attention, "sdpa"),
+                              (with_engine("qwen3", Model(CONFIG)), architecture, "fused_sdpa")):
+        shapes, sdpa = [], getattr(owner, name)
 
-    def spy(q, k, v, mask, scale):
-        shapes.append((q.shape[1], k.shape[1], v.shape[1]))
-        return attend(q, k, v, mask, scale)
+        def spy(*arguments, sdpa=sdpa):
+            shapes.append([tensor.shape[1] for tensor in arguments if isinstance(tensor, torch.Tensor)][:3])
+            return sdpa(*arguments)
 
-    monkeypatch.setattr(attention, "attend", spy)
-    Model(CONFIG)(torch.tensor([[1, 2, 3][:T]]))
-    assert shapes == [(6, 2, 2)] * 2
+        monkeypatch.setattr(owner, name, spy)
+        form(torch.tensor([[1, 2, 3][:T]]))
+        assert shapes == [[6, 2, 2]] * 2
 
 
-@pytest.mark.parametrize("device, form", [("mps", "written_out"), ("cpu", "fused"), ("cuda", "fused")])
+@pytest.mark.parametrize("device, form", [("mps", "reference"), ("cpu", "fused"), ("cuda", "fused")])
 def test_which_form_is_used_where(monkeypatch, device, form):
-    for name in ("written_out", "fused"):
-        monkeypatch.setattr(attention, f"attention_{name}", lambda *_, name=name: name)
+    monkeypatch.setattr(Attention, "sdpa", lambda *_: "reference")
+    monkeypatch.setattr(architecture, "fused_sdpa", lambda *_: "fused")
     q = type("OnAnotherDevice", (), {"device": torch.device(device)})()
-    assert attend(q, None, None, None, 1.0) == form
+    assert FusedAttention(CONFIG, 0).sdpa(q, None, None, None) == form

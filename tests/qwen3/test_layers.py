@@ -1,4 +1,4 @@
-"""The building blocks against their definitions, written out slowly."""
+"""The building blocks against their definitions, computed slowly; and the engine's matmuls, one file in all packages."""
 
 import itertools
 import math
@@ -6,13 +6,16 @@ import math
 import pytest
 import torch
 
-from qwen3 import layers
 from qwen3.config import Config, Yarn
-from qwen3.layers import KVCache, RMSNorm, RotaryEmbedding, inverse_frequencies, product, rotate
+from qwen3.engine import fast
+from qwen3.engine.fast import matmul
 from qwen3.engine.quantized import dequantize
+from qwen3.engine.sizes import cache_bytes_per_token
+from qwen3.layers import Attention, KVCache, RMSNorm, RotaryEmbedding, inverse_frequencies, rotate
 
 CONFIG = Config(vocab_size=50, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6,
-                     num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-6, rope_theta=1e4)
+                num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-6, rope_theta=1e4)
+LAYERS = [Attention(CONFIG, layer) for layer in range(2)]
 
 
 def config(**changes) -> Config:
@@ -42,8 +45,8 @@ def test_rmsnorm_rounds_before_the_weight():
 
 
 @pytest.mark.parametrize("position", [0, 1, 63, 5000, 40959])
-def test_rope_tables_have_the_angles_of_the_paper(position):
-    cos, sin = RotaryEmbedding(config(rope_theta=1e6))(torch.tensor([[position]]), position + 1, torch.float32)
+def test_rope_has_the_angles_of_the_paper(position):
+    cos, sin = RotaryEmbedding(config(rope_theta=1e6))(torch.tensor([[position]]), torch.float32)
     for j in range(4):
         angle = position * 1e6 ** (-2 * j / 8)
         # float32 holds an angle of 40959 to within 0.002
@@ -51,13 +54,12 @@ def test_rope_tables_have_the_angles_of_the_paper(position):
         assert float(sin[0, 0, 0, j]) == pytest.approx(math.sin(angle), abs=1e-6 + angle * 1e-7)
 
 
-def test_rope_tables_grow_and_are_never_rounded():
+def test_angles_of_rope_are_never_rounded():
+    """Their cosines are. As a bfloat16, position 30,001 would be 29,952."""
     rope = RotaryEmbedding(CONFIG)
-    rope(torch.tensor([[0]]), 1, torch.bfloat16)
-    first = len(rope.cos)
-    cos, _ = rope(torch.tensor([[first]]), first + 1, torch.bfloat16)
-    assert len(rope.cos) > first and rope.cos.dtype == torch.float32 and cos.dtype == torch.bfloat16
-    assert torch.equal(cos[0, 0, 0], torch.cos(first * inverse_frequencies(CONFIG)[0]).bfloat16())
+    cos, _ = rope(torch.tensor([[30_001]]), torch.bfloat16)
+    assert rope.frequencies.dtype == torch.float32 and cos.dtype == torch.bfloat16
+    assert torch.equal(cos[0, 0, 0], torch.cos(30_001 * inverse_frequencies(CONFIG)[0]).bfloat16())
 
 
 def test_rotation_turns_value_j_with_value_j_plus_half():
@@ -71,7 +73,9 @@ def test_scores_depend_on_the_distance_alone():
     rope = RotaryEmbedding(CONFIG)
 
     def score(m: int, n: int) -> float:
-        at = lambda position: rope(torch.tensor([[position]]), 200, torch.double)
+        def at(position: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return rope(torch.tensor([[position]]), torch.double)
+
         return float((rotate(q, *at(m)) * rotate(k, *at(n))).sum())
 
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-5)
@@ -88,10 +92,11 @@ def test_yarn_keeps_fast_pairs_and_slows_slow_ones_by_the_factor():
 
 
 def test_the_cache_hands_out_views_and_is_cut_back():
-    cache = KVCache(CONFIG, 8, torch.float32)
+    cache = KVCache(LAYERS, 8, torch.float32)
     new = torch.randn(1, 2, 3, 8)
     keys, values = cache.write(1, new, new + 1)
-    assert keys.data_ptr() == cache.keys[1].data_ptr() and torch.equal(keys, new) and torch.equal(values, new + 1)
+    assert keys.data_ptr() == cache.tensors[0][1].data_ptr()
+    assert torch.equal(keys, new) and torch.equal(values, new + 1)
     assert cache.length == 0  # the model moves on when all layers have written
     cache.length = 3
     cache.truncate(2)
@@ -103,21 +108,22 @@ def test_the_cache_hands_out_views_and_is_cut_back():
 
 
 def test_the_cache_grows_and_refuses_to_overflow():
-    cache = KVCache(CONFIG, 2, torch.float32)
+    cache = KVCache(LAYERS, 2, torch.float32)
     new = torch.randn(1, 2, 2, 8)
     cache.write(0, new, new)
     cache.length = 2
     with pytest.raises(ValueError, match="the cache holds 2 tokens, 3 are needed"):
         cache.write(0, new[:, :, :1], new[:, :, :1])
     cache.reserve(5)
-    assert cache.capacity == 5 and torch.equal(cache.keys[0, :, :, :2], new)
+    assert cache.capacity == 5 and torch.equal(cache.tensors[0][0, :, :, :2], new)
     cache.reserve(3)
     assert cache.capacity == 5
 
 
 def test_the_cache_has_the_size_of_the_formula():
-    cache = KVCache(CONFIG, 10, torch.bfloat16)
-    assert cache.keys.nbytes + cache.values.nbytes == 2 * 2 * 2 * 8 * 2 * 10  # 2 · layers · K · N · bytes · tokens
+    keys, values = KVCache(LAYERS, 10, torch.bfloat16).tensors
+    assert keys.nbytes + values.nbytes == 2 * 2 * 2 * 8 * 2 * 10  # 2 · layers · K · N · bytes · tokens
+    assert cache_bytes_per_token(CONFIG, torch.bfloat16) == 2 * 2 * 2 * 8 * 2
 
 
 def test_dequantisation_multiplies_each_block_by_its_scale():
@@ -131,34 +137,34 @@ def test_dequantisation_multiplies_each_block_by_its_scale():
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.01), (torch.float16, 0.002)])
 @pytest.mark.parametrize("rows", [(1,), (1, 1), (), (3,), (2, 1)])
-def test_a_product_of_one_row_is_the_product(dtype, tolerance, rows):
+def test_a_matmul_of_one_row_is_the_matmul(dtype, tolerance, rows):
     x = torch.randn(*rows, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
     W = torch.randn(70, 1000, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = (x.double() @ W.double().T)
-    assert product(x, W).shape == expected.shape and product(x, W).dtype == dtype
-    assert (product(x, W) - expected).abs().max() <= tolerance * expected.abs().max()
+    assert matmul(x, W).shape == expected.shape and matmul(x, W).dtype == dtype
+    assert (matmul(x, W) - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype, digits", [(torch.float32, 24), (torch.bfloat16, 8), (torch.float16, 11)])
 @pytest.mark.parametrize("slow", [True, False])
 @pytest.mark.parametrize("heads, rows", [((), (2, 20)), ((), (15,)), ((3,), (3, 16))])
-def test_a_product_of_many_rows_is_the_product(monkeypatch, dtype, digits, slow, heads, rows):
+def test_a_matmul_of_many_rows_is_the_matmul(monkeypatch, dtype, digits, slow, heads, rows):
     """Whatever this processor is; with an `out` of more than one piece, and the last piece cut short."""
-    monkeypatch.setattr(layers, "SLOW_IN_16_BITS", slow)
+    monkeypatch.setattr(fast, "SLOW_IN_16_BITS", slow)
     x = torch.randn(*rows, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
     W = torch.randn(*heads, 1100, 300, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = x.double() @ W.double().mT
-    assert product(x, W).shape == expected.shape and product(x, W).dtype == dtype
+    assert matmul(x, W).shape == expected.shape and matmul(x, W).dtype == dtype
     # One rounding, and the sums' own: float32 ones of 300 numbers of about 1.
-    assert ((product(x, W) - expected).abs() <= expected.abs() / 2 ** digits + 1e-4).all()
+    assert ((matmul(x, W) - expected).abs() <= expected.abs() / 2 ** digits + 1e-4).all()
 
 
-def test_products_in_float32_are_for_many_rows_of_16_bits(monkeypatch):
+def test_matmuls_in_float32_are_for_many_rows_of_16_bits(monkeypatch):
     called = []
-    monkeypatch.setattr(layers, "product_in_float32", lambda x, W: called.append(x.shape) or x @ W.mT)
+    monkeypatch.setattr(fast, "matmul_in_float32", lambda x, W: called.append(x.shape) or x @ W.mT)
     for slow in (True, False):
-        monkeypatch.setattr(layers, "SLOW_IN_16_BITS", slow)
+        monkeypatch.setattr(fast, "SLOW_IN_16_BITS", slow)
         for rows, dtype in itertools.product((1, 15, 16), (torch.float32, torch.bfloat16)):
-            product(torch.ones(rows, 8, dtype=dtype), torch.ones(4, 8, dtype=dtype))
-        product(torch.ones(3, 15, 8).half(), torch.ones(3, 4, 8).half())  # 15 rows for each matrix
+            matmul(torch.ones(rows, 8, dtype=dtype), torch.ones(4, 8, dtype=dtype))
+        matmul(torch.ones(3, 15, 8).half(), torch.ones(3, 4, 8).half())  # 15 rows for each matrix
     assert called == [(16, 8)]

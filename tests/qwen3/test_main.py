@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen3 import main as module
 from qwen3 import tokenizer as tokens
-from qwen3 import weights
-from qwen3.engine import conversation
+from qwen3.engine import conversation, sizes
 from qwen3.main import main
 from tests.qwen3.test_weights import FP8, quantise
 
@@ -131,7 +130,7 @@ def test_a_wrong_flag_too(capfd, arguments):
 
 
 def test_a_model_that_does_not_fit_is_refused_with_both_figures(capfd, monkeypatch):
-    monkeypatch.setattr(weights, "free_memory", lambda device: 2_400_000)
+    monkeypatch.setattr(sizes, "free_memory", lambda device: 2_400_000)
     assert main(["-m", "Qwen3-Tiny", "-p", "Hi", "-n", "1000"]) == 2
     assert re.search(r"needs 2\.4 MB for weights and 1\.3 MB for the cache of 1,01\d tokens, but \w+ has 2\.4 MB free",
                      capfd.readouterr().err)

@@ -11,7 +11,7 @@ import torch
 from qwen3_moe import main as module
 from qwen3_moe.generate import generate
 from qwen3_moe.main import main
-from qwen3_moe.routing import Routing
+from qwen3_moe.engine.expert_picture import Routing
 from qwen3_moe.weights import load_model
 from tests.seeded import PROMPT, write_case
 

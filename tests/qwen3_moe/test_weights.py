@@ -5,10 +5,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen3_moe.config import Config
+from qwen3_moe.engine.experts import type_of_stacks
 from qwen3_moe.engine.safetensors_reader import CheckpointFiles
 from qwen3_moe.generate import generate
 from qwen3_moe.moe import Experts
-from qwen3_moe.weights import bytes_in_memory, load_model, type_of_stacks
+from qwen3_moe.weights import bytes_in_memory, load_model
 from tests.packages import stack_on_the_cpu
 from tests.qwen3.test_weights import FP8, quantise
 from tests.seeded import PROMPT, qwen3_moe_config, qwen3_shapes, seeded_tensor, write_case, write_checkpoint
@@ -39,7 +40,8 @@ def test_fp8_experts_give_the_tokens_of_the_expanded_ones(tmp_path, monkeypatch,
     with torch.inference_mode():
         assert torch.equal(kept(ids), expanded(ids))
     # Ragged blocks of up would begin within one of gate.
-    assert [type(m.gate_up) for m in kept.modules() if isinstance(m, Experts)] == [torch.Tensor if stacked and F == 128 else type(None)] * 3
+    stacks = [part.gate_up for part in kept.modules() if isinstance(part, Experts)]
+    assert [stack is not None for stack in stacks] == [stacked and F == 128] * 3
     tokens = list(generate(kept, PROMPT, max_new_tokens=12))
     assert tokens == list(generate(expanded, PROMPT, max_new_tokens=12)) and len(set(tokens)) > 1
     assert bytes_in_memory(folder) == sum(p.nbytes for p in kept.parameters())
@@ -52,8 +54,8 @@ def test_where_experts_are_stacked_and_in_which_type(tmp_path):
     def stacked(folder, device, dtype=None):
         return type_of_stacks(Config.from_checkpoint(folder), CheckpointFiles(folder), device, dtype, bf16)
 
-    plain, whole, ragged = write_case(tmp_path, "qwen3_moe", "two_of_eight"), *(
-        fp8_checkpoint(tmp_path / str(F), 256, F) for F in (128, 136))
+    plain = write_case(tmp_path, "qwen3_moe", "two_of_eight")
+    whole, ragged = (fp8_checkpoint(tmp_path / str(F), 256, F) for F in (128, 136))
     assert {stacked(folder, cpu) for folder in (plain, whole, ragged)} == {None}
     assert [stacked(folder, gpu) for folder in (plain, whole, ragged)] == [bf16, fp8, None]
     assert [stacked(folder, gpu, "bfloat16") for folder in (plain, whole, ragged)] == [bf16, bf16, bf16]
@@ -79,6 +81,7 @@ def test_an_expert_that_is_missing_is_named(tmp_path, tensor, message):
 def test_a_shared_expert_that_the_config_does_not_announce_is_refused(tmp_path):
     folder = write_case(tmp_path, "qwen3_moe", "two_of_eight")
     tensors = {name: value.clone() for name, value in load_file(folder / "model.safetensors").items()}
-    save_file(tensors | {"model.layers.0.mlp.shared_expert_gate.weight": torch.ones(1, 40)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="shared_expert_gate.weight is in the checkpoint, but the config has no place for it"):
+    name = "model.layers.0.mlp.shared_expert_gate.weight"
+    save_file(tensors | {name: torch.ones(1, 40)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{name} is in the checkpoint, but the config has no place for it"):
         load_model(folder)
