@@ -56,6 +56,7 @@ def check_drafting(config: Config, compiled: bool = False) -> None:
     """ValueError where drafts are asked for and cannot be made."""
     if compiled:
         raise ValueError("drafting is not compiled; leave out --compile or --speculative")
+    if config.no_drafts:
+        raise ValueError(f"this checkpoint's draft layer cannot be used ({config.no_drafts}); leave out --speculative")
     if not config.num_nextn_predict_layers:
-        why = f" that can be used ({config.no_drafts})" if config.no_drafts else ""
-        raise ValueError(f"this checkpoint has no layer that predicts a second token{why}; leave out --speculative")
+        raise ValueError("this checkpoint has no layer that predicts a second token; leave out --speculative")
