@@ -15,23 +15,28 @@ from .safetensors_reader import CheckpointFiles, is_copy
 def check_drafts(config: Config, files: CheckpointFiles) -> Config:
     """The config without the layer that predicts a second token, unless the files hold it as it should be.
 
-    The main model needs none: what lies after its last layer is dropped where it is not announced, not whole, more than one
-    layer, or made for another embedding or head than the model's. `no_drafts` then says which.
+    The main model needs none: what lies after its last layer is dropped where it is not announced, not whole, more than
+    one layer, or made for another embedding or head than the model's. `no_drafts` then says which.
     """
     first, why, notes = config.num_hidden_layers, "", config.notes
-    extra = {name: int(match[1]) for name in files.tensors if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))}
-    extra = {name: layer for name, layer in extra.items() if layer >= first}
-    drafts = {layer for name, layer in extra.items() if name.endswith((".eh_proj.weight", ".enorm.weight", ".hnorm.weight"))}
+    layers = {name: int(match[1]) for name in files.tensors
+              if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))}
+    extra = {name: layer for name, layer in layers.items() if layer >= first}
+    own = ".eh_proj.weight", ".enorm.weight", ".hnorm.weight"  # what only a draft layer has
+    drafts = {layer for name, layer in extra.items() if name.endswith(own)}
     if ordinary := sorted(set(extra.values()) - drafts):
-        notes += (f"the files hold layer {ordinary[0]} and config.json has only {first} layers (num_hidden_layers): it is not used",)
+        notes += (f"the files hold layer {ordinary[0]} and config.json has only {first} layers (num_hidden_layers): "
+                  "it is not used",)
     if config.num_nextn_predict_layers != 1 or any(layer > first for layer in extra.values()):
-        why = f"config.json announces {config.num_nextn_predict_layers} draft layers, the files hold {len(set(extra.values()))}, one is expected"
+        why = (f"config.json announces {config.num_nextn_predict_layers} draft layers, the files hold "
+               f"{len(set(extra.values()))}, one is expected")
     elif extra:
         with torch.device("meta"):
             layer = MTPLayer(config, first)
-        expected = {f"model.layers.{first}.{name}": tuple(p.shape) for name, p in layer.named_parameters()}
-        copies = {f"model.layers.{first}.embed_tokens.weight": "model.embed_tokens.weight", f"model.layers.{first}.shared_head.head.weight":
-                  "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"}
+        prefix, head = f"model.layers.{first}.", "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+        expected = {prefix + name: tuple(p.shape) for name, p in layer.named_parameters()}
+        copies = {f"{prefix}embed_tokens.weight": "model.embed_tokens.weight",
+                  f"{prefix}shared_head.head.weight": f"{head}.weight"}
         for name, original in copies.items():
             scales = [f"{each}_scale_inv" for each in (name, original)]
             same = is_copy(files, name, original, every=997) if name in extra else True
@@ -48,8 +53,9 @@ def check_drafts(config: Config, files: CheckpointFiles) -> Config:
     for name in extra:
         files.tensors.pop(name, None)
     config = replace(config, notes=notes)
-    return config if extra and not why and config.num_nextn_predict_layers == 1 else replace(
-        config, num_nextn_predict_layers=0, no_drafts=why if extra else "")
+    if extra and not why and config.num_nextn_predict_layers == 1:
+        return config
+    return replace(config, num_nextn_predict_layers=0, no_drafts=why if extra else "")
 
 
 def check_drafting(config: Config, compiled: bool = False) -> None:
