@@ -4,14 +4,19 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from deepseek_v3 import mla
-from deepseek_v3.attention import attention_fused, attention_mask, attention_written_out
 from deepseek_v3.config import Config, Yarn
-from deepseek_v3.layers import KVCache, RotaryEmbedding, inverse_frequencies, neighbours_apart, rotate
+from deepseek_v3.engine import architecture
+from deepseek_v3.engine.architecture import FusedAttention
+from deepseek_v3.engine.fast import fused_sdpa
+from deepseek_v3.engine.sizes import cache_bytes_per_token
+from deepseek_v3.generate import new_cache
+from deepseek_v3.layers import KVCache, RotaryEmbedding, attention_mask, deinterleave, inverse_frequencies, rotate
 from deepseek_v3.mla import Attention, softmax_scale
 from deepseek_v3.weights import load_model
 from tests.seeded import DEEPSEEK_V3_CASES, LONG_PROMPT, deepseek_v3_config, write_case
@@ -27,15 +32,16 @@ def config_of(tmp_path, values: dict) -> Config:
 
 def by_loops(attention: Attention, x: torch.Tensor, positions: list[int], theta: float) -> torch.Tensor:
     """The paper's equations, token by token and head by head; no YaRN, no query compression. x (T, D)."""
-    N, P, M, R = attention.N, attention.P, attention.M, attention.R
+    N, P = attention.qk_nope_head_dim, attention.qk_rope_head_dim
+    M, R = attention.v_head_dim, attention.kv_lora_rank
     out = torch.zeros(len(x), attention.o_proj.weight.shape[1])
 
     def turned(v, position):
         v = v.clone()
         for j in range(P // 2):
             angle = position * theta ** (-2 * j / P)
-            a, b = v[2 * j].clone(), v[2 * j + 1].clone()
-            v[2 * j], v[2 * j + 1] = a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle)
+            a, b, c, s = v[2 * j].clone(), v[2 * j + 1].clone(), math.cos(angle), math.sin(angle)
+            v[2 * j], v[2 * j + 1] = a * c - b * s, b * c + a * s
         return v
 
     def normed(v, w):
@@ -51,21 +57,23 @@ def by_loops(attention: Attention, x: torch.Tensor, positions: list[int], theta:
         q = (attention.q_proj.weight @ row).view(-1, N + P)
         for h in range(len(q)):
             q_rope = turned(q[h, N:], positions[t])
-            scores = torch.stack([(q[h, :N] @ (up[h, :N] @ latent[s]) + q_rope @ k_rope[s]) / math.sqrt(N + P) for s in range(t + 1)])
+            scores = torch.stack([(q[h, :N] @ (up[h, :N] @ latent[s]) + q_rope @ k_rope[s]) / math.sqrt(N + P)
+                                  for s in range(t + 1)])
             values = torch.stack([up[h, N:] @ latent[s] for s in range(t + 1)])
             out[t, h * M:(h + 1) * M] = scores.softmax(0) @ values
     return out @ attention.o_proj.weight.T
 
 
+@pytest.mark.parametrize("part", [Attention, FusedAttention])
 @pytest.mark.parametrize("absorb", [False, True])
-def test_each_form_is_the_papers_equations(tmp_path, absorb):
+def test_each_form_is_the_papers_equations(tmp_path, part, absorb):
     torch.manual_seed(0)
     config = config_of(tmp_path, deepseek_v3_config(q_lora_rank=None, rope_scaling=None))
-    attention, x = Attention(config, 0), torch.randn(1, 7, 40)
+    attention, x = part(config, 0), torch.randn(1, 7, 40)
     for weight in attention.parameters():
         weight.data = torch.randn(weight.shape) * (0.3 if weight.ndim == 2 else 1)
     attention.absorb = absorb
-    cos, sin = RotaryEmbedding(config)(torch.arange(7)[None], 7, torch.float32)
+    cos, sin = RotaryEmbedding(config)(torch.arange(7)[None], torch.float32)
     with torch.no_grad():
         out = attention(x, cos, sin, attention_mask(0, 7, None, torch.device("cpu")), None)[0]
         expected = by_loops(attention, x[0], list(range(7)), 10000.0)
@@ -73,59 +81,66 @@ def test_each_form_is_the_papers_equations(tmp_path, absorb):
 
 
 @pytest.mark.parametrize("name", DEEPSEEK_V3_CASES)
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.1)])
-def test_absorbed_and_expanded_give_the_same(tmp_path, name, dtype, tolerance):
-    """Of one layer each, since a rounding may send a token to another expert further up; for a batch, and for one sequence."""
-    model = load_model(write_case(tmp_path, "deepseek_v3", name), dtype=dtype)
-    x = model.model.embed_tokens(torch.tensor([LONG_PROMPT, LONG_PROMPT[::-1]]))
-    cos, sin = model.model.rotary_emb(torch.arange(100)[None], 100, x.dtype)
-    mask = attention_mask(0, 100, None, x.device)
-    for layer, rows in itertools.product(model.model.layers, (x, x[:1])):
-        out = {}
-        for layer.self_attn.absorb in (False, True):
-            with torch.inference_mode():
-                out[layer.self_attn.absorb] = layer.self_attn(layer.input_layernorm(rows), cos, sin, mask, None).float()
-        assert (out[False] - out[True]).abs().max() <= tolerance * out[False].abs().max()
+def test_absorbed_and_expanded_give_the_same_in_the_lesson_and_in_the_engine(tmp_path, name):
+    """One layer at a time, since a rounding may send a token to another expert further up."""
+    folder = write_case(tmp_path, "deepseek_v3", name)
+    for dtype, tolerance in ("float32", 1e-5), ("bfloat16", 0.1):
+        fast, plain = load_model(folder, dtype=dtype), load_model(folder, dtype=dtype, engine=False)
+        x = fast.model.embed_tokens(torch.tensor([LONG_PROMPT, LONG_PROMPT[::-1]]))
+        cos, sin = fast.model.rotary_emb(torch.arange(100)[None], x.dtype)
+        mask = attention_mask(0, 100, None, x.device)
+        for layer, rows in itertools.product(range(len(fast.model.layers)), (x, x[:1])):  # a batch and one sequence
+            forms = []
+            for model, absorb in itertools.product((fast, plain), (False, True)):
+                part = model.model.layers[layer]
+                part.self_attn.absorb = absorb
+                with torch.inference_mode():
+                    forms.append(part.self_attn(part.input_layernorm(rows), cos, sin, mask, None).float())
+            assert type(plain.model.layers[layer].self_attn) is Attention
+            assert max((out - forms[0]).abs().max() for out in forms) <= tolerance * forms[0].abs().max()
 
 
+@pytest.mark.parametrize("engine", [True, False])
 @pytest.mark.parametrize("name", ["yarn", "moonlight", "wide_values"])
-@pytest.mark.parametrize("absorb", [False, True, None])
-@pytest.mark.parametrize("padding", [None, [0, 5], [5]])
-def test_a_cache_gives_what_a_whole_forward_gives(tmp_path, name, absorb, padding):
-    model = load_model(write_case(tmp_path, "deepseek_v3", name))
-    ids = torch.tensor([[0] * n + LONG_PROMPT[:40 - n] for n in padding or [0]])
+def test_a_cache_gives_what_a_whole_forward_gives(tmp_path, name, engine):
+    model = load_model(write_case(tmp_path, "deepseek_v3", name), engine=engine)
     with torch.inference_mode():
         whole = model(torch.tensor([LONG_PROMPT[:40]]))[0]
         alone = model(torch.tensor([LONG_PROMPT[:35]]))[0]
-    for layer in model.model.layers:
-        layer.self_attn.absorb = absorb
-    for cuts in ([7, 8, 9, 30], [1, 2, 3], [39]):
-        cache = KVCache(model.config, 40, torch.float32, padding=padding)
-        with torch.inference_mode():
-            parts = torch.cat([model(ids[:, a:b], cache) for a, b in itertools.pairwise([0, *cuts, 40])], 1)
-        for part, n in zip(parts, padding or [0]):
-            assert torch.allclose(part[n:], alone if n else whole, atol=1e-4)
+    for absorb, padding in itertools.product((False, True, None), (None, [0, 5], [5])):
+        ids = torch.tensor([[0] * n + LONG_PROMPT[:40 - n] for n in padding or [0]])
+        for layer in model.model.layers:
+            layer.self_attn.absorb = absorb
+        for cuts in ([7, 8, 9, 30], [1, 2, 3], [39]):
+            cache = new_cache(model, 40, padding)
+            with torch.inference_mode():
+                parts = torch.cat([model(ids[:, a:b], cache) for a, b in itertools.pairwise([0, *cuts, 40])], 1)
+            for part, n in zip(parts, padding or [0]):
+                assert torch.allclose(part[n:], alone if n else whole, atol=1e-4), (absorb, padding, cuts)
 
 
 def test_the_cache_holds_one_latent_and_one_rotated_key(tmp_path):
     config = config_of(tmp_path, PUBLISHED["DeepSeek-V3"]["config"])
-    assert KVCache.bytes_per_token(config, torch.bfloat16) == 61 * 576 * 2
+    assert cache_bytes_per_token(config, torch.bfloat16) == 61 * 576 * 2
     expanded = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
     assert expanded == 40960 and expanded // 576 == 71
     small = config_of(tmp_path, deepseek_v3_config())
-    cache = KVCache(small, 7, torch.float32)
-    assert cache.latents.shape == (3, 1, 7, 28) and cache.latents.nbytes == 7 * KVCache.bytes_per_token(small, torch.float32)
+    cache = KVCache([Attention(small, layer) for layer in range(3)], 7, torch.float32)
+    (latents,) = cache.tensors
+    assert latents.shape == (3, 1, 1, 7, 28) and latents.nbytes == 7 * cache_bytes_per_token(small, torch.float32)
     with pytest.raises(ValueError, match="the cache holds 7 tokens, 8 are needed"):
-        cache.write(0, torch.zeros(1, 8, 28))
+        cache.write(0, torch.zeros(1, 1, 8, 28))
 
 
 def test_a_view_of_the_cache_is_handed_out_and_room_is_made(tmp_path):
-    cache = KVCache(config_of(tmp_path, deepseek_v3_config()), 4, torch.float32)
-    first = cache.write(1, torch.ones(1, 3, 28))
-    assert first.untyped_storage().data_ptr() == cache.latents.untyped_storage().data_ptr()
+    config = config_of(tmp_path, deepseek_v3_config())
+    cache = KVCache([Attention(config, layer) for layer in range(3)], 4, torch.float32)
+    (first,) = cache.write(1, torch.ones(1, 1, 3, 28))
+    assert first.shape == (1, 1, 3, 28)
+    assert first.untyped_storage().data_ptr() == cache.tensors[0].untyped_storage().data_ptr()
     cache.length = 3
     cache.reserve(9)
-    assert cache.capacity == 9 and torch.equal(cache.latents[1, 0, :3], torch.ones(3, 28))
+    assert cache.capacity == 9 and torch.equal(cache.tensors[0][1, 0, 0, :3], torch.ones(3, 28))
     with pytest.raises(ValueError, match="cannot cut a cache of 3 tokens to 4"):
         cache.truncate(4)
 
@@ -137,7 +152,8 @@ def operations(T: int, S: int, N: int, P: int, M: int, R: int) -> tuple[int, int
 @pytest.mark.parametrize("name", ["DeepSeek-V3", "Moonlight-16B-A3B-Instruct"])
 def test_the_form_with_fewer_operations_is_taken(tmp_path, name):
     attention = Attention.__new__(Attention)
-    attention.N, attention.P, attention.M, attention.R, attention.absorb = 128, 64, 128, 512, None
+    attention.qk_nope_head_dim, attention.qk_rope_head_dim = 128, 64
+    attention.v_head_dim, attention.kv_lora_rank, attention.absorb = 128, 512, None
     for T, S in itertools.product((1, 2, 16, 100, 170, 171, 512, 4096), repeat=2):
         if T <= S:
             expanded, absorbed = operations(T, S, 128, 64, 128, 512)
@@ -147,7 +163,7 @@ def test_the_form_with_fewer_operations_is_taken(tmp_path, name):
 
 def test_decoding_never_rebuilds_keys_and_values(tmp_path, monkeypatch):
     model = load_model(write_case(tmp_path, "deepseek_v3", "yarn"))
-    cache = KVCache(model.config, 30, torch.float32)
+    cache = new_cache(model, 30)
     with torch.inference_mode():
         model(torch.tensor([LONG_PROMPT[:20]]), cache)
         monkeypatch.setattr(Attention, "expanded", None)
@@ -162,14 +178,15 @@ def test_neighbours_turned_as_pairs_are_half_split_pairs_in_another_order():
     turned = [x[0] * math.cos(a) - x[1] * math.sin(a), x[1] * math.cos(a) + x[0] * math.sin(a),
               x[2] * math.cos(b) - x[3] * math.sin(b), x[3] * math.cos(b) + x[2] * math.sin(b)]
     angle = torch.tensor([a, b])
-    assert neighbours_apart(x).tolist() == [1, 3, 2, 4]
-    assert torch.allclose(rotate(neighbours_apart(x), angle.cos(), angle.sin()), neighbours_apart(torch.stack(turned)))
-    assert not torch.allclose(rotate(x, angle.cos(), angle.sin()), torch.stack(turned))
+    assert deinterleave(x).tolist() == [1, 3, 2, 4]
+    cos, sin, turned = angle.cos(), angle.sin(), torch.stack(turned)
+    assert torch.allclose(rotate(deinterleave(x), cos, sin), deinterleave(turned))
+    assert not torch.allclose(rotate(x, cos, sin), turned)
 
 
-def test_products_of_queries_and_keys_do_not_notice_the_order():
+def test_dot_products_of_queries_and_keys_do_not_depend_on_the_order():
     q, k = torch.randn(8), torch.randn(8)
-    assert torch.allclose(q @ k, neighbours_apart(q) @ neighbours_apart(k), atol=1e-6)
+    assert torch.allclose(q @ k, deinterleave(q) @ deinterleave(k), atol=1e-6)
 
 
 # YaRN
@@ -179,8 +196,9 @@ def test_the_published_frequencies(tmp_path):
     config = config_of(tmp_path, PUBLISHED["DeepSeek-V3"]["config"])
     frequency, factor = inverse_frequencies(config)
     plain = 10000.0 ** (-torch.arange(0, 64, 2) / 64)
-    assert factor == 1.0 and torch.allclose(frequency[:11], plain[:11]) and torch.allclose(frequency[23:], plain[23:] / 40)
-    assert (frequency[11:23] < plain[11:23] * 0.999).all() and (frequency[11:23] > plain[11:23] / 40 * 1.001).all()
+    kept, blended, slowed = plain[:11], plain[11:23], plain[23:]
+    assert factor == 1.0 and torch.allclose(frequency[:11], kept) and torch.allclose(frequency[23:], slowed / 40)
+    assert (frequency[11:23] < blended * 0.999).all() and (frequency[11:23] > blended / 40 * 1.001).all()
     kimi, _ = inverse_frequencies(config_of(tmp_path, PUBLISHED["Kimi-K2-Instruct"]["config"]))
     plain = 50000.0 ** (-torch.arange(0, 64, 2) / 64)
     assert torch.allclose(kimi[:20], plain[:20]) and torch.allclose(kimi[20:], plain[20:] / 32)
@@ -192,13 +210,14 @@ def test_the_softmax_scale_of_the_published_models(tmp_path, name, scale):
     assert softmax_scale(config_of(tmp_path, PUBLISHED[name]["config"])) == pytest.approx(scale, rel=1e-6)
 
 
-@pytest.mark.parametrize("mscale, all_dim, on_tables, on_scores", [
-    (1.0, 1.0, 1.0, 1.0), (0.6, 1.3, None, 1.3), (None, 0.7, None, 0.7), (0.7, None, None, None), (None, None, None, None)])
-def test_mscale_stands_in_the_tables_as_a_ratio_and_in_the_scale_squared(tmp_path, mscale, all_dim, on_tables, on_scores):
+@pytest.mark.parametrize("mscale, all_dim, on_scores", [
+    (1.0, 1.0, 1.0), (0.6, 1.3, 1.3), (None, 0.7, 0.7), (0.7, None, None), (None, None, None)])
+def test_mscale_is_on_cos_and_sin_as_a_ratio_and_in_the_scale_squared(tmp_path, mscale, all_dim, on_scores):
     def m(times: float) -> float:
         return 0.1 * times * math.log(40) + 1
 
-    given = {name: value for name, value in (("mscale", mscale), ("mscale_all_dim", all_dim)) if value is not None}
+    given = {"mscale": mscale, "mscale_all_dim": all_dim}
+    given = {name: value for name, value in given.items() if value is not None}
     yarn = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096} | given
     config = config_of(tmp_path, deepseek_v3_config(rope_scaling=yarn))
     expected = m(mscale) / m(all_dim) if mscale and all_dim else m(1)
@@ -207,12 +226,12 @@ def test_mscale_stands_in_the_tables_as_a_ratio_and_in_the_scale_squared(tmp_pat
     assert isinstance(config.rope_scaling, Yarn)
 
 
-def test_the_tables_over_the_whole_range_of_positions_are_those_of_transformers(tmp_path):
+def test_cos_and_sin_over_the_whole_range_of_positions_are_those_of_transformers(tmp_path):
     reference = json.loads((HERE / "reference/small.json").read_text())["rotary"]
     config = config_of(tmp_path, PUBLISHED["DeepSeek-V3"]["config"])
     rotary = RotaryEmbedding(config)
     positions = torch.tensor([reference["positions"]])
-    cos, sin = rotary(positions, 163840, torch.float32)
+    cos, sin = rotary(positions, torch.float32)
     # An angle of 163,839 is known to 0.01 in float32: the frequencies must agree to the last bit.
     assert max(reference["positions"]) == 163839
     assert torch.allclose(cos[0, 0], torch.tensor(reference["cos"]), atol=1e-6)
@@ -228,8 +247,42 @@ def test_norms_on_latents_have_their_own_epsilon(tmp_path):
 @pytest.mark.parametrize("M", [5, 12, 20])
 @pytest.mark.parametrize("first, T", [(0, 150), (140, 1), (0, 1)])
 def test_values_may_be_narrower_or_wider_than_keys(M, first, T):
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, n, width, generator=generator) for n, width in ((T, 12), (first + T, 12), (first + T, M)))
+    generator, shapes = torch.Generator().manual_seed(0), ((T, 12), (first + T, 12), (first + T, M))
+    q, k, v = (torch.randn(2, 3, *shape, generator=generator) for shape in shapes)
     mask = attention_mask(first, T, None, q.device)
-    expected = attention_written_out(q, k, v, mask, 0.3)
-    assert torch.allclose(attention_fused(q, k, v, mask, 0.3), expected, atol=1e-5)
+    assert torch.allclose(fused_sdpa(q, k, v, mask, 0.3), sdpa(q, k, v, mask, 0.3), atol=1e-5)
+
+
+def sdpa(q, k, v, mask, scale) -> torch.Tensor:
+    """The reference implementation, which is a method and wants nothing of its object except the scale."""
+    return Attention.sdpa(SimpleNamespace(scale=scale), q, k, v, mask)
+
+
+def fused_attention(scale: float) -> FusedAttention:
+    """One without weights."""
+    part = FusedAttention.__new__(FusedAttention)
+    torch.nn.Module.__init__(part)
+    part.scale = scale
+    return part
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("B, T, padding", [(1, 1, None), (1, 5, None), (1, 1, [3]), (1, 5, [3]),
+                                           (2, 1, None), (2, 1, [0, 3]), (2, 5, [0, 3])])
+def test_attention_on_latents_is_the_reference_implementation(B, T, padding, dtype, tolerance):
+    """One key head for all queries, and the values are the front of the keys, where they lie in the cache."""
+    generator = torch.Generator().manual_seed(0)
+    q, latents = (torch.randn(B, *shape, generator=generator).to(dtype) for shape in ((3, T, 20), (1, 11, 20)))
+    mask = attention_mask(11 - T, T, None if padding is None else torch.tensor(padding)[:, None], q.device)
+    expected = sdpa(q, latents, latents[..., :14], mask, 0.3).float()
+    out = fused_attention(0.3).sdpa(q, latents, latents[..., :14], mask)
+    assert out.shape == (B, 3, T, 14)
+    assert (out.float() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("device, form", [("mps", "reference"), ("cpu", "fused"), ("cuda", "fused")])
+def test_which_form_is_used_where(monkeypatch, device, form):
+    monkeypatch.setattr(architecture, "fused_sdpa", lambda *_: "fused")
+    monkeypatch.setattr(Attention, "sdpa", lambda *_: "reference")
+    q = type("OnAnotherDevice", (), {"device": torch.device(device), "shape": (2, 3, 1, 4), "__len__": lambda _: 2})()
+    assert fused_attention(0.3).sdpa(q, torch.zeros(2, 3, 5, 4), None, None) == form
