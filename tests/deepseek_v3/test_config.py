@@ -1,5 +1,6 @@
 """What is new in the config: ranks, heads of two parts, groups, and which other models are refused by name."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -24,9 +25,10 @@ def read(folder: Path, config: dict) -> Config:
 def test_published_configs_are_read(tmp_path, name):
     values = PUBLISHED[name]["config"]
     config = read(tmp_path, values)
-    for field in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts",
-                  "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor",
-                  "first_k_dense_replace", "num_nextn_predict_layers", "rms_norm_eps", "rope_theta", "moe_intermediate_size"):
+    for field in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+                  "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group",
+                  "norm_topk_prob", "routed_scaling_factor", "first_k_dense_replace", "num_nextn_predict_layers",
+                  "rms_norm_eps", "rope_theta", "moe_intermediate_size"):
         assert getattr(config, field) == values[field], field
     assert config.rope_interleave and not config.tie_word_embeddings and config.dtype == torch.bfloat16
     assert config.weight_block_size == ((128, 128) if "quantization_config" in values else None)
@@ -37,39 +39,47 @@ def test_published_configs_are_read(tmp_path, name):
         assert all(getattr(config.rope_scaling, field) == value for field, value in yarn.items() if field != "type")
 
 
+@pytest.fixture(scope="module")
+def shapes_of(tmp_path_factory):
+    """shapes_of(name of a release) -> the shapes of our model's parameters; V3 has 45,000, which takes seconds."""
+    @functools.cache
+    def shapes_of(name: str) -> dict[str, torch.Size]:
+        with torch.device("meta"):
+            model = Model(read(tmp_path_factory.mktemp("config"), PUBLISHED[name]["config"]))
+        return {name: parameter.shape for name, parameter in model.named_parameters()}
+    return shapes_of
+
+
 @pytest.mark.parametrize("name", ["DeepSeek-V3", "Moonlight-16B-A3B-Instruct"])
-def test_models_have_the_published_size(tmp_path, name):
-    with torch.device("meta"):
-        model = Model(read(tmp_path, PUBLISHED[name]["config"]))
-    sizes = {n: p.numel() for n, p in model.named_parameters()}
+def test_models_have_the_published_size(shapes_of, name):
+    sizes = {n: shape.numel() for n, shape in shapes_of(name).items()}
     second = sum(size for n, size in sizes.items() if n.startswith("model.layers.61."))
     assert sum(sizes.values()) - second == PUBLISHED[name]["parameters"]
     assert second == PUBLISHED[name].get("second", 0)
 
 
-def test_the_shapes_of_the_release(tmp_path):
-    """facts of the FP8 release: every tensor of a dense layer, a sparse layer and the layer behind the last."""
-    with torch.device("meta"):
-        model = Model(read(tmp_path, PUBLISHED["DeepSeek-V3"]["config"]))
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+def test_the_shapes_of_the_release(shapes_of):
+    """facts of the FP8 release: every tensor of a dense layer, a sparse layer and the MTP module."""
+    shapes = shapes_of("DeepSeek-V3")
     for layer in (0, 3, 61):
         for name, shape in {
             "self_attn.q_a_proj": (1536, 7168), "self_attn.q_a_layernorm": (1536,), "self_attn.q_b_proj": (24576, 1536),
-            "self_attn.kv_a_proj_with_mqa": (576, 7168), "self_attn.kv_a_layernorm": (512,), "self_attn.kv_b_proj": (32768, 512),
-            "self_attn.o_proj": (7168, 16384), "input_layernorm": (7168,), "post_attention_layernorm": (7168,),
+            "self_attn.kv_a_proj_with_mqa": (576, 7168), "self_attn.kv_a_layernorm": (512,),
+            "self_attn.kv_b_proj": (32768, 512), "self_attn.o_proj": (7168, 16384),
+            "input_layernorm": (7168,), "post_attention_layernorm": (7168,),
         }.items():
             assert shapes[f"model.layers.{layer}.{name}.weight"] == shape
     assert shapes["model.layers.2.mlp.gate_proj.weight"] == (18432, 7168)
-    assert shapes["model.layers.3.mlp.gate.weight"] == (256, 7168) and shapes["model.layers.3.mlp.gate.e_score_correction_bias"] == (256,)
+    assert shapes["model.layers.3.mlp.gate.weight"] == (256, 7168)
+    assert shapes["model.layers.3.mlp.gate.e_score_correction_bias"] == (256,)
     assert shapes["model.layers.60.mlp.experts.255.down_proj.weight"] == (7168, 2048)
     assert shapes["model.layers.3.mlp.shared_experts.up_proj.weight"] == (2048, 7168)
     assert shapes["model.layers.61.eh_proj.weight"] == (7168, 14336)
     assert all(shapes[f"model.layers.61.{name}.weight"] == (7168,) for name in ("enorm", "hnorm", "shared_head.norm"))
-    with torch.device("meta"):
-        moonlight = Model(read(tmp_path, PUBLISHED["Moonlight-16B-A3B-Instruct"]["config"]))
-    shapes = {n: tuple(p.shape) for n, p in moonlight.named_parameters()}
-    assert shapes["model.layers.0.self_attn.q_proj.weight"] == (3072, 2048) and not any("q_a" in name for name in shapes)
-    assert shapes["model.layers.1.mlp.shared_experts.gate_proj.weight"] == (2816, 2048) and "model.layers.27.enorm.weight" not in shapes
+    shapes = shapes_of("Moonlight-16B-A3B-Instruct")
+    assert shapes["model.layers.0.self_attn.q_proj.weight"] == (3072, 2048)
+    assert shapes["model.layers.1.mlp.shared_experts.gate_proj.weight"] == (2816, 2048)
+    assert not any("q_a" in name for name in shapes) and "model.layers.27.enorm.weight" not in shapes
 
 
 def test_the_generation_that_transformers_5_writes_says_the_same(tmp_path):
@@ -86,12 +96,15 @@ def test_the_first_layers_are_dense(tmp_path, dense, sparse):
 
 YARN = deepseek_v3_config()["rope_scaling"]
 REFUSED = {
-    "V2": ({"model_type": "deepseek_v2"}, "model_type is 'deepseek_v2': this folder holds a DeepSeek-V2 model, whose router is a softmax"),
+    "V2": ({"model_type": "deepseek_v2"},
+           "model_type is 'deepseek_v2': this folder holds a DeepSeek-V2 model, whose router is a softmax"),
     "V3.2": ({"model_type": "deepseek_v32"}, "a DeepSeek-V3.2 model, whose attention is sparse"),
-    "a distilled Qwen2": ({"model_type": "qwen2"}, r"a Qwen2 model \(biases, no QK-Norm\), as many of DeepSeek-R1-Distill are"),
+    "a distilled Qwen2": ({"model_type": "qwen2"},
+                          r"a Qwen2 model \(biases, no QK-Norm\), as many of DeepSeek-R1-Distill are"),
     "a distilled Llama": ({"model_type": "llama"}, "a Llama model, as two of DeepSeek-R1-Distill are"),
     "Qwen3": ({"model_type": "qwen3"}, "run it with `python -m qwen3.main`"),
-    "another": ({"model_type": "mixtral"}, "only 'deepseek_v3', 'kimi_k2', 'glm4_moe_lite', 'joyai_llm_flash' run here"),
+    "another": ({"model_type": "mixtral"},
+                "only 'deepseek_v3', 'kimi_k2', 'glm4_moe_lite', 'joyai_llm_flash' run here"),
     "a softmax": ({"scoring_func": "softmax"}, 'scoring_func is \'softmax\': only "sigmoid" is known'),
     "another choice": ({"topk_method": "greedy"}, "topk_method is 'greedy'"),
     "experts in every other layer": ({"moe_layer_freq": 2}, "moe_layer_freq is 2: only 1 is known"),
@@ -104,7 +117,8 @@ REFUSED = {
     "uneven groups": ({"n_group": 3}, "n_group is 3: the 8 experts do not make groups of one size"),
     "groups of one": ({"n_group": 8, "topk_group": 4}, "n_group is 8: the 8 experts do not make groups"),
     "more groups than there are": ({"topk_group": 5}, "topk_group is 5: there are only 4 groups"),
-    "more active than allowed": ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5: only 4 experts are left to choose from"),
+    "more active than allowed": ({"num_experts_per_tok": 5},
+                                 "num_experts_per_tok is 5: only 4 experts are left to choose from"),
     "no rank": ({"kv_lora_rank": None}, "the field kv_lora_rank is missing"),
     "no factor": ({"routed_scaling_factor": None}, "the field routed_scaling_factor is missing"),
     "a rank of zero": ({"q_lora_rank": 0}, "q_lora_rank is 0, expected a positive number"),

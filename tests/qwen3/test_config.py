@@ -65,16 +65,19 @@ def test_yarn_as_qwen_documents_it(tmp_path):
 
 def test_a_stop_id_beyond_the_vocabulary_can_never_come_and_is_noted(tmp_path):
     config = read(tmp_path, qwen3_config(eos_token_id=[5, 131]))
-    assert config.eos_token_id == (5,) and config.notes == ("config.json: eos_token_id 131 is outside the vocabulary of 131 and not used",)
+    assert config.eos_token_id == (5,)
+    assert config.notes == ("config.json: eos_token_id 131 is outside the vocabulary of 131 and not used",)
 
 
 REFUSED = {
     "another rope type": ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope_scaling.*llama3"),
     "dynamic rope": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.*dynamic"),
-    "newer names": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0}}, "rope_parameters.*linear"),
+    "newer names": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0}},
+                    "rope_parameters.*linear"),
     "yarn field": ({"rope_scaling": QWEN_YARN | {"surprise": 1}}, "rope_scaling.*surprise"),
     "yarn without factor": ({"rope_scaling": {"rope_type": "yarn"}}, "no factor"),
-    "sliding window": ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "use_sliding_window"),
+    "sliding window": ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
+                       "use_sliding_window"),
     "sliding layers": ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act.*gelu"),
     "biases": ({"attention_bias": True}, "attention_bias"),
@@ -90,13 +93,17 @@ REFUSED = {
     "text": ({"rms_norm_eps": "small"}, "rms_norm_eps.*small"),
     "heads": ({"num_key_value_heads": 4}, "num_attention_heads 6 is not a multiple of num_key_value_heads 4"),
     "odd head": ({"head_dim": 9}, "head_dim 9 is odd"),
-    "both spellings of rope": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": QWEN_YARN},
-                               "rope_scaling .*rope_parameters is there too"),
+    "both spellings of rope": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": QWEN_YARN},
+        "rope_scaling .*rope_parameters is there too"),
     "rope is no object": ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn': expected an object"),
     "rope theta": ({"rope_theta": 1.0}, "rope_theta is 1.0: expected more than 1"),
-    "yarn original": ({"rope_scaling": QWEN_YARN | {"original_max_position_embeddings": 0.5}}, "original_max_position_embeddings is 0.5"),
-    "window by default": ({"use_sliding_window": True, "sliding_window": ..., "max_window_layers": 1}, "use_sliding_window"),
-    "window layers as text": ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": "2"}, "max_window_layers is '2'"),
+    "yarn original": ({"rope_scaling": QWEN_YARN | {"original_max_position_embeddings": 0.5}},
+                      "original_max_position_embeddings is 0.5"),
+    "window by default": ({"use_sliding_window": True, "sliding_window": ..., "max_window_layers": 1},
+                          "use_sliding_window"),
+    "window layers as text": ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": "2"},
+                              "max_window_layers is '2'"),
     "layer types": ({"layer_types": 5}, "layer_types is 5"),
     "quantisation is no object": ({"quantization_config": "fp8"}, "quantization_config is 'fp8': expected an object"),
     "dtype is a list": ({"torch_dtype": ["bfloat16"]}, "torch_dtype"),
@@ -109,8 +116,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"temperature": "0.6"}, "temperature is '0.6'"), ({"temperature": -1}, "temperature is -1"), ({"top_k": 2.5}, "top_k is 2.5"),
-    ({"top_p": 2}, "top_p is 2: expected at most 1"), ({"do_sample": "no"}, "do_sample is 'no'"), ({"eos_token_id": -1}, "eos_token_id is -1")])
+    ({"temperature": "0.6"}, "temperature is '0.6'"), ({"temperature": -1}, "temperature is -1"),
+    ({"top_k": 2.5}, "top_k is 2.5"), ({"top_p": 2}, "top_p is 2: expected at most 1"),
+    ({"do_sample": "no"}, "do_sample is 'no'"), ({"eos_token_id": -1}, "eos_token_id is -1")])
 def test_sampling_defaults_that_make_no_sense_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=f"generation_config.json: .*{message}"):
         read(tmp_path, PUBLISHED["Qwen3-0.6B"]["config"], SAMPLING | changes)
@@ -157,6 +165,8 @@ def test_the_table_of_the_readme_has_the_published_numbers():
     for name, cells in rows.items():
         c = PUBLISHED[name]["config"]
         per_token = 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"] * 2
-        assert cells == [str(c["num_hidden_layers"]), str(c["hidden_size"]), f"{c['num_attention_heads']} / {c['num_key_value_heads']}",
-                         str(c["intermediate_size"]), "tied" if c["tie_word_embeddings"] else "own",
-                         f"{PUBLISHED[name]['parameters']:,}", f"{per_token // 1024} KiB", f"{per_token * 32768 / 2**30:.1f} GiB"]
+        assert cells == [
+            str(c["num_hidden_layers"]), str(c["hidden_size"]),
+            f"{c['num_attention_heads']} / {c['num_key_value_heads']}", str(c["intermediate_size"]),
+            "tied" if c["tie_word_embeddings"] else "own", f"{PUBLISHED[name]['parameters']:,}",
+            f"{per_token // 1024} KiB", f"{per_token * 32768 / 2**30:.1f} GiB"]
