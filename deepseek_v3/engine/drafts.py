@@ -16,7 +16,6 @@ from .safetensors_reader import CheckpointFiles, is_copy
 def check_drafts(config: Config, files: CheckpointFiles) -> Config:
     """The config without the draft layer, unless the files hold that layer as it should be.
 
-<<<<<<< HEAD
     The main model needs none: what lies after its last layer is dropped where it is not announced, not whole, more
     than one layer, or made for another embedding or head than the model's. `no_drafts` then says which.
     """
@@ -28,48 +27,14 @@ def check_drafts(config: Config, files: CheckpointFiles) -> Config:
     if ordinary := sorted(set(extra.values()) - drafts):
         notes += (f"the files hold layer {ordinary[0]} and config.json has only {first} layers (num_hidden_layers): it "
                   "is not used",)
-=======
-    The main model needs none: what lies after its last layer is dropped where it is not announced, not whole, more than
-    one layer, or made for another embedding or head than the model's. `no_drafts` then says which.
-    """
-    first, why, notes = config.num_hidden_layers, "", config.notes
-    layers = {name: int(match[1]) for name in files.tensors
-              if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))}
-    extra = {name: layer for name, layer in layers.items() if layer >= first}
-    own = ".eh_proj.weight", ".enorm.weight", ".hnorm.weight"  # what only a draft layer has
-    drafts = {layer for name, layer in extra.items() if name.endswith(own)}
-    if ordinary := sorted(set(extra.values()) - drafts):
-        notes += (f"the files hold layer {ordinary[0]} and config.json has only {first} layers (num_hidden_layers): "
-                  "it is not used",)
->>>>>>> testsb
     if config.num_nextn_predict_layers != 1 or any(layer > first for layer in extra.values()):
         why = (f"config.json announces {config.num_nextn_predict_layers} draft layers, the files hold "
                f"{len(set(extra.values()))}, one is expected")
     elif extra:
-<<<<<<< HEAD
         copies = {f"model.layers.{first}.embed_tokens.weight": "model.embed_tokens.weight",
                   f"model.layers.{first}.shared_head.head.weight":
                   "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"}
         why = what_is_wrong(config, files, extra, copies)
-=======
-        with torch.device("meta"):
-            layer = MTPLayer(config, first)
-        prefix, head = f"model.layers.{first}.", "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
-        expected = {prefix + name: tuple(p.shape) for name, p in layer.named_parameters()}
-        copies = {f"{prefix}embed_tokens.weight": "model.embed_tokens.weight",
-                  f"{prefix}shared_head.head.weight": f"{head}.weight"}
-        for name, original in copies.items():
-            scales = [f"{each}_scale_inv" for each in (name, original)]
-            same = is_copy(files, name, original, every=997) if name in extra else True
-            if not same or (scales[0] in files.tensors and not is_copy(files, *scales)):
-                why = f"{name} differs from {original}, of which it should be a copy"
-        for name, shape in expected.items():
-            if name not in extra or files.tensors[name].shape != shape or (
-                    files.tensors[name].dtype == FP8 and f"{name}_scale_inv" not in extra):
-                why = f"{name} is missing or has another shape"
-        if unknown := {name.removesuffix("_scale_inv") for name in extra} - expected.keys() - copies.keys():
-            why = f"{plain(min(unknown))} is not known"
->>>>>>> testsb
         if not why:
             extra = [*copies, *(f"{name}_scale_inv" for name in copies)]
     for name in extra:
@@ -78,7 +43,6 @@ def check_drafts(config: Config, files: CheckpointFiles) -> Config:
     if extra and not why and config.num_nextn_predict_layers == 1:
         return config
     return replace(config, num_nextn_predict_layers=0, no_drafts=why if extra else "")
-<<<<<<< HEAD
 
 
 def what_is_wrong(config: Config, files: CheckpointFiles, extra: Collection[str], copies: dict[str, str]) -> str:
@@ -99,8 +63,6 @@ def what_is_wrong(config: Config, files: CheckpointFiles, extra: Collection[str]
     if unknown := {name.removesuffix("_scale_inv") for name in extra} - expected.keys() - copies.keys():
         why = f"{plain(min(unknown))} is not known"
     return why
-=======
->>>>>>> testsb
 
 
 def check_drafting(config: Config, compiled: bool = False) -> None:

@@ -150,13 +150,8 @@ def test_drafting_is_refused_where_there_is_no_layer_for_it(tmp_path, capfd):
     assert main(["-m", str(folder), "--speculative"]) == 2
     out, err = capfd.readouterr()
     assert out == "" and err == (
-<<<<<<< HEAD
-        "deepseek_v3: None has a layer that predicts a second token, which cannot be used (config.json announces 0 "
-        "draft layers, the files hold 1, one is expected); leave out --speculative\n")
-=======
-        "deepseek_v3: this checkpoint's draft layer cannot be used (config.json announces 0 draft layers, the files hold "
-        "1, one is expected); leave out --speculative\n")
->>>>>>> testsb
+        "deepseek_v3: this checkpoint's draft layer cannot be used (config.json announces 0 draft layers, the files "
+        "hold 1, one is expected); leave out --speculative\n")
 
 
 def test_the_picture_in_the_readme_is_this_one(capfd):
