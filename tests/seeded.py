@@ -17,13 +17,20 @@ def seeded_tensor(name: str, shape: tuple[int, ...], std: float, mean: float = 0
     for size in shape:
         count *= size
     out = torch.empty(count)
-    for start in range(0, count, 1 << 22):
-        x = torch.arange(start, min(start + (1 << 22), count))
-        x = (x * 2654435761 + zlib.crc32(name.encode())) & 0xFFFFFFFF  # Knuth's multiplicative hash, then mixed
-        x = ((x ^ (x >> 15)) * 2246822519) & 0xFFFFFFFF
-        x = ((x ^ (x >> 13)) * 3266489917) & 0xFFFFFFFF
-        out[start:start + len(x)] = ((x ^ (x >> 16)).double() / 2**32 - 0.5).float()
-    return (out * (std * 12**0.5) + mean).view(shape)
+    for start in range(0, count, 1 << 16):  # in pieces that a processor's cache holds
+        # Knuth's multiplicative hash, then mixed; in 32 bits, of which the last shift and mask make no sign.
+        x = torch.arange(start, min(start + (1 << 16), count), dtype=torch.int32)
+        x.mul_(signed(2654435761)).add_(signed(zlib.crc32(name.encode())))
+        x.bitwise_xor_((x >> 15) & 0x1FFFF).mul_(signed(2246822519))
+        x.bitwise_xor_((x >> 13) & 0x7FFFF).mul_(signed(3266489917))
+        x.bitwise_xor_((x >> 16) & 0xFFFF)
+        out[start:start + len(x)] = x.bitwise_xor_(-1 << 31)  # 0 … 2^32 - 1 as -2^31 … 2^31 - 1, rounded to float32
+    return out.mul_(2**-32).mul_(std * 12**0.5).add_(mean).view(shape)
+
+
+def signed(number: int) -> int:
+    """A number of 32 bits, as a signed one of the same bits."""
+    return number - (1 << 32) if number >= 1 << 31 else number
 
 
 def mlp_shapes(name: str, D: int, F: int) -> dict[str, tuple[int, ...]]:
@@ -50,9 +57,9 @@ def qwen3_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
     for layer in range(config["num_hidden_layers"]):
         for name, shape in {
-            "input_layernorm": (D,), "post_attention_layernorm": (D,), "self_attn.q_norm": (N,), "self_attn.k_norm": (N,),
-            "self_attn.q_proj": (H * N, D), "self_attn.k_proj": (K * N, D), "self_attn.v_proj": (K * N, D),
-            "self_attn.o_proj": (D, H * N), **feed_forward_shapes(config, layer),
+            "input_layernorm": (D,), "post_attention_layernorm": (D,), "self_attn.q_norm": (N,),
+            "self_attn.k_norm": (N,), "self_attn.q_proj": (H * N, D), "self_attn.k_proj": (K * N, D),
+            "self_attn.v_proj": (K * N, D), "self_attn.o_proj": (D, H * N), **feed_forward_shapes(config, layer),
         }.items():
             shapes[f"model.layers.{layer}.{name}.weight"] = shape
     if not config["tie_word_embeddings"]:
@@ -61,17 +68,19 @@ def qwen3_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def deepseek_v3_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """The same for DeepSeek-V3's architecture, with the layer behind the last where the config announces it."""
+    """The same for DeepSeek-V3's architecture, with the draft layer after the last where the config announces it."""
     D, V, H = config["hidden_size"], config["vocab_size"], config["num_attention_heads"]
     R, Q, L = config["kv_lora_rank"], config["q_lora_rank"], config["num_hidden_layers"]
     N, P, M = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
     E, F = config["n_routed_experts"], config["moe_intermediate_size"]
     queries = {"q_proj": (H * (N + P), D)} if Q is None else {
         "q_a_proj": (Q, D), "q_a_layernorm": (Q,), "q_b_proj": (H * (N + P), Q)}
-    attention = queries | {"kv_a_proj_with_mqa": (R + P, D), "kv_a_layernorm": (R,), "kv_b_proj": (H * (N + M), R), "o_proj": (D, H * M)}
+    attention = queries | {"kv_a_proj_with_mqa": (R + P, D), "kv_a_layernorm": (R,), "kv_b_proj": (H * (N + M), R),
+                           "o_proj": (D, H * M)}
     shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
     for layer in range(L + config["num_nextn_predict_layers"]):
-        names = {"input_layernorm": (D,), "post_attention_layernorm": (D,)} | {f"self_attn.{k}": v for k, v in attention.items()}
+        names = {"input_layernorm": (D,), "post_attention_layernorm": (D,)}
+        names |= {f"self_attn.{name}": shape for name, shape in attention.items()}
         if layer < config["first_k_dense_replace"]:
             names |= mlp_shapes("mlp", D, config["intermediate_size"])
         else:
@@ -95,7 +104,8 @@ def write_checkpoint(folder: Path, config: dict, dtype: torch.dtype = torch.floa
         if name.endswith("_bias"):
             made[name] = seeded_tensor(name, shape, 0.1)  # float32 whatever the others are
         else:
-            made[name] = seeded_tensor(name, shape, 0.3 if len(shape) == 1 else std, mean=float(len(shape) == 1)).to(dtype)
+            is_norm = len(shape) == 1
+            made[name] = seeded_tensor(name, shape, 0.3 if is_norm else std, mean=float(is_norm)).to(dtype)
     save_file(made | tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -118,9 +128,10 @@ def qwen3_config(**changes: object) -> dict:
 
 def qwen3_moe_config(**changes: object) -> dict:
     return qwen3_config(**{
-        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "tie_word_embeddings": False, "num_experts": 8,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True, "decoder_sparse_step": 1,
-        "mlp_only_layers": [], "output_router_logits": False, "router_aux_loss_coef": 0.001} | changes)
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "tie_word_embeddings": False,
+        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False,
+        "router_aux_loss_coef": 0.001} | changes)
 
 
 def deepseek_v3_config(**changes: object) -> dict:
@@ -149,7 +160,8 @@ QWEN3_CASES = {
     "wide_heads_one_layer": {"hidden_size": 24, "head_dim": 64, "num_hidden_layers": 1, "rope_theta": 5000000},
     "two_values_per_head": {"head_dim": 2, "num_attention_heads": 12, "num_key_value_heads": 4, "num_hidden_layers": 5},
     "yarn": {"rope_scaling": YARN},
-    "yarn_all_fields": {"head_dim": 16, "rope_scaling": YARN | {"beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.3}},
+    "yarn_all_fields": {"head_dim": 16, "rope_scaling": YARN | {"beta_fast": 8.0, "beta_slow": 2.0,
+                                                                "attention_factor": 1.3}},
     "yarn_mscale": {"head_dim": 32, "tie_word_embeddings": False,
                     "rope_scaling": YARN | {"factor": 8.0, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False}},
 }
@@ -171,8 +183,8 @@ DEEPSEEK_V3_CASES = {
     "yarn": {},
     "moonlight": {"q_lora_rank": None, "rope_scaling": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 2,
                   "rms_norm_eps": 1e-3, "rope_theta": 50000.0, "num_nextn_predict_layers": 0},
-    "kimi": {"n_group": 1, "topk_group": 1, "n_routed_experts": 13, "num_nextn_predict_layers": 0, "rope_theta": 50000.0,
-             "rope_scaling": DEEPSEEK_YARN | {"beta_fast": 1.0, "beta_slow": 1.0}},
+    "kimi": {"n_group": 1, "topk_group": 1, "n_routed_experts": 13, "num_nextn_predict_layers": 0,
+             "rope_theta": 50000.0, "rope_scaling": DEEPSEEK_YARN | {"beta_fast": 1.0, "beta_slow": 1.0}},
     "two_large_groups": {"n_routed_experts": 10, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 4},
     "three_groups": {"n_routed_experts": 9, "n_group": 3, "num_experts_per_tok": 5, "num_hidden_layers": 2},
     "negative_biases": {"num_experts_per_tok": 4},  # every score that chooses is below 0, see `write_case`
@@ -188,7 +200,7 @@ DEEPSEEK_V3_CASES = {
 
 
 def tied_pairs(config: dict) -> dict[str, torch.Tensor]:
-    """Experts in pairs of one weight and one row in the router: whichever of a pair is chosen, the result is the same."""
+    """Experts in pairs of one weight and one row in the router: either of a pair gives the same result."""
     tensors = {}
     for name, shape in qwen3_shapes(config).items():
         if ".mlp.experts." in name and int(name.split(".")[5]) % 2:
@@ -205,7 +217,8 @@ def write_case(folder: Path, package: str, name: str) -> Path:
         return write_checkpoint(folder, qwen3_config(**QWEN3_CASES[name]))
     if package == "deepseek_v3":
         config = deepseek_v3_config(**DEEPSEEK_V3_CASES[name])
-        below = {tensor: seeded_tensor(tensor, shape, 0.1, mean=-3.0) for tensor, shape in deepseek_v3_shapes(config).items()
+        shapes = deepseek_v3_shapes(config)
+        below = {tensor: seeded_tensor(tensor, shape, 0.1, mean=-3.0) for tensor, shape in shapes.items()
                  if tensor.endswith("_bias") and name == "negative_biases"}
         return write_checkpoint(folder, config, **below)
     config = qwen3_moe_config(**QWEN3_MOE_CASES[name])
@@ -233,7 +246,7 @@ DEEPSEEK_V3_PAIR = deepseek_v3_config(
     num_nextn_predict_layers=0, max_position_embeddings=163840, torch_dtype="bfloat16", rope_scaling={
         "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
         "mscale": 1.0, "mscale_all_dim": 1.0})
-# Positions for a prompt of twelve tokens, from the first to the last that DeepSeek-V3 knows; 4096 were trained unstretched.
+# Positions for a prompt of twelve tokens, from the first to the last of DeepSeek-V3; 4096 were trained unstretched.
 FAR = [0, 3, 77, 4095, 4096, 4097, 5000, 20000, 65537, 131071, 163000, 163839]
 # package -> a full shape, and what spreads the prompt's ids over its vocabulary
 FULL = {"qwen3": (QWEN3_0_6B, 1009), "qwen3_moe": (QWEN3_30B_A3B_PAIR, 31), "deepseek_v3": (DEEPSEEK_V3_PAIR, 31)}
