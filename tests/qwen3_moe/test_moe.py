@@ -310,7 +310,8 @@ def test_an_expert_that_is_never_routed_to_is_never_read(tmp_path):
     config = qwen3_moe_config(vocab_size=256, hidden_size=512, num_hidden_layers=2, num_experts=64,
                               moe_intermediate_size=512, head_dim=32, torch_dtype="bfloat16")
     shapes = qwen3_shapes(config)
-    drawn = {shape: seeded_tensor("", shape, 1 if len(shape) == 1 else 0.05).bfloat16() for shape in set(shapes.values())}
+    drawn = {shape: seeded_tensor("", shape, 1 if len(shape) == 1 else 0.05).bfloat16()
+             for shape in set(shapes.values())}
     tensors = {name: drawn[shape].clone() for name, shape in shapes.items()}  # experts may be alike: the router decides
     folder = write_checkpoint(tmp_path / "made", config, torch.bfloat16, shapes={}, **tensors)
     small = write_checkpoint(tmp_path / "small", qwen3_moe_config(torch_dtype="bfloat16"), torch.bfloat16)
