@@ -57,9 +57,10 @@ def qwen3_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
     for layer in range(config["num_hidden_layers"]):
         for name, shape in {
-            "input_layernorm": (D,), "post_attention_layernorm": (D,), "self_attn.q_norm": (N,),
-            "self_attn.k_norm": (N,), "self_attn.q_proj": (H * N, D), "self_attn.k_proj": (K * N, D),
-            "self_attn.v_proj": (K * N, D), "self_attn.o_proj": (D, H * N), **feed_forward_shapes(config, layer),
+            "input_layernorm": (D,), "post_attention_layernorm": (D,),
+            "self_attn.q_norm": (N,), "self_attn.k_norm": (N,),
+            "self_attn.q_proj": (H * N, D), "self_attn.k_proj": (K * N, D), "self_attn.v_proj": (K * N, D),
+            "self_attn.o_proj": (D, H * N), **feed_forward_shapes(config, layer),
         }.items():
             shapes[f"model.layers.{layer}.{name}.weight"] = shape
     if not config["tie_word_embeddings"]:
@@ -68,7 +69,7 @@ def qwen3_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def deepseek_v3_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """The same for DeepSeek-V3's architecture, with the draft layer after the last where the config announces it."""
+    """The same for DeepSeek-V3's architecture, with the MTP module where the config announces it."""
     D, V, H = config["hidden_size"], config["vocab_size"], config["num_attention_heads"]
     R, Q, L = config["kv_lora_rank"], config["q_lora_rank"], config["num_hidden_layers"]
     N, P, M = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
@@ -103,9 +104,10 @@ def write_checkpoint(folder: Path, config: dict, dtype: torch.dtype = torch.floa
     for name, shape in (shapes_of(config) if shapes is None else shapes).items():
         if name.endswith("_bias"):
             made[name] = seeded_tensor(name, shape, 0.1)  # float32 whatever the others are
+        elif len(shape) == 1:
+            made[name] = seeded_tensor(name, shape, 0.3, mean=1.0).to(dtype)
         else:
-            is_norm = len(shape) == 1
-            made[name] = seeded_tensor(name, shape, 0.3 if is_norm else std, mean=float(is_norm)).to(dtype)
+            made[name] = seeded_tensor(name, shape, std).to(dtype)
     save_file(made | tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -160,8 +162,8 @@ QWEN3_CASES = {
     "wide_heads_one_layer": {"hidden_size": 24, "head_dim": 64, "num_hidden_layers": 1, "rope_theta": 5000000},
     "two_values_per_head": {"head_dim": 2, "num_attention_heads": 12, "num_key_value_heads": 4, "num_hidden_layers": 5},
     "yarn": {"rope_scaling": YARN},
-    "yarn_all_fields": {"head_dim": 16, "rope_scaling": YARN | {"beta_fast": 8.0, "beta_slow": 2.0,
-                                                                "attention_factor": 1.3}},
+    "yarn_all_fields": {"head_dim": 16,
+                        "rope_scaling": YARN | {"beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.3}},
     "yarn_mscale": {"head_dim": 32, "tie_word_embeddings": False,
                     "rope_scaling": YARN | {"factor": 8.0, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False}},
 }
@@ -200,7 +202,7 @@ DEEPSEEK_V3_CASES = {
 
 
 def tied_pairs(config: dict) -> dict[str, torch.Tensor]:
-    """Experts in pairs of one weight and one row in the router: either of a pair gives the same result."""
+    """Experts in pairs that share weight and router row: whichever of a pair is chosen, the result is the same."""
     tensors = {}
     for name, shape in qwen3_shapes(config).items():
         if ".mlp.experts." in name and int(name.split(".")[5]) % 2:
@@ -217,10 +219,9 @@ def write_case(folder: Path, package: str, name: str) -> Path:
         return write_checkpoint(folder, qwen3_config(**QWEN3_CASES[name]))
     if package == "deepseek_v3":
         config = deepseek_v3_config(**DEEPSEEK_V3_CASES[name])
-        shapes = deepseek_v3_shapes(config)
-        below = {tensor: seeded_tensor(tensor, shape, 0.1, mean=-3.0) for tensor, shape in shapes.items()
-                 if tensor.endswith("_bias") and name == "negative_biases"}
-        return write_checkpoint(folder, config, **below)
+        biases = {tensor: shape for tensor, shape in deepseek_v3_shapes(config).items() if tensor.endswith("_bias")}
+        below = {tensor: seeded_tensor(tensor, shape, 0.1, mean=-3.0) for tensor, shape in biases.items()}
+        return write_checkpoint(folder, config, **(below if name == "negative_biases" else {}))
     config = qwen3_moe_config(**QWEN3_MOE_CASES[name])
     return write_checkpoint(folder, config, **(tied_pairs(config) if name == "ties" else {}))
 
@@ -246,7 +247,8 @@ DEEPSEEK_V3_PAIR = deepseek_v3_config(
     num_nextn_predict_layers=0, max_position_embeddings=163840, torch_dtype="bfloat16", rope_scaling={
         "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
         "mscale": 1.0, "mscale_all_dim": 1.0})
-# Positions for a prompt of twelve tokens, from the first to the last of DeepSeek-V3; 4096 were trained unstretched.
+# Positions for a prompt of twelve tokens, from the first to the last that DeepSeek-V3 knows; 4096 were trained without
+# YaRN.
 FAR = [0, 3, 77, 4095, 4096, 4097, 5000, 20000, 65537, 131071, 163000, 163839]
 # package -> a full shape, and what spreads the prompt's ids over its vocabulary
 FULL = {"qwen3": (QWEN3_0_6B, 1009), "qwen3_moe": (QWEN3_30B_A3B_PAIR, 31), "deepseek_v3": (DEEPSEEK_V3_PAIR, 31)}

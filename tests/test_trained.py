@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from tests.packages import PACKAGES, module
 
 ROOT = Path(__file__).parents[1]
-ANSWERS = {package: json.loads((ROOT / "tests" / package / "reference/tiny.json").read_text())["answers"]
-           for package in PACKAGES}
+ANSWERS = {package: json.loads((ROOT / "tests" / package / "reference/tiny.json").read_text())["answers"] for package in PACKAGES}
 
 
 def embedded(package: str) -> Path:
@@ -27,8 +26,7 @@ def test_prompts_and_greedy_tokens_are_those_of_transformers(package, name):
     model = module(package, "weights").load_model(embedded(package))
     prompt = tokenizer.chat([{"role": "user", "content": question}], thinking=mode == "thinking")
     assert prompt == ANSWERS[package][name]["prompt"]
-    stops = model.config.eos_token_id
-    new = list(module(package, "generate").generate(model, prompt, max_new_tokens=100, stop_ids=stops))
+    new = list(module(package, "generate").generate(model, prompt, max_new_tokens=100, stop_ids=model.config.eos_token_id))
     assert [*new, tokenizer.end_of_turn] == ANSWERS[package][name]["new"]
 
 
@@ -39,8 +37,7 @@ def test_it_is_small_and_of_the_real_architecture(package):
     assert (embedded(package) / "model.safetensors").stat().st_size <= 4e6
     assert {p.dtype for name, p in model.named_parameters() if not name.endswith("_bias")} == {torch.bfloat16}
     if package == "deepseek_v3":
-        assert config.q_lora_rank and config.n_group >= 2
-        assert config.n_shared_experts and config.first_k_dense_replace == 1
+        assert config.q_lora_rank and config.n_group >= 2 and config.n_shared_experts and config.first_k_dense_replace == 1
         assert config.rope_scaling and config.rope_scaling.mscale_all_dim and config.num_nextn_predict_layers == 1
         stored = load_file(embedded(package) / "model.safetensors")  # with the two copies that the release has
         assert torch.equal(stored["model.layers.5.embed_tokens.weight"], stored["model.embed_tokens.weight"])
@@ -48,10 +45,7 @@ def test_it_is_small_and_of_the_real_architecture(package):
         return
     assert config.num_key_value_heads < config.num_attention_heads
     assert config.head_dim * config.num_attention_heads != config.hidden_size
-    if package == "qwen3":
-        assert config.tie_word_embeddings
-    else:
-        assert config.num_experts >= 8 and config.num_experts_per_tok == 2
+    assert config.tie_word_embeddings if package == "qwen3" else config.num_experts >= 8 and config.num_experts_per_tok == 2
 
 
 def test_the_corpus_is_as_promised():
