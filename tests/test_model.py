@@ -1,7 +1,9 @@
 """Logits and greedy tokens against transformers, on checkpoints of odd shapes (scripts/make_reference.py)."""
 
+import copy
 import itertools
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -195,6 +197,20 @@ def test_gradients_work_after_generating(folders, package):
     model = load(package, folders[package][PLAIN[package]])
     list(module(package, "generate").generate(model, PROMPT, max_new_tokens=2))
     model(torch.tensor([PROMPT])).sum().backward()
+
+
+TIED = {"qwen3": "grouped", "qwen3_moe": "three_not_normalised", "deepseek_v3": "half_split"}
+
+
+@pytest.mark.parametrize("engine", [True, False])
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_tied_head_stays_one_matrix_with_the_embedding(folders, package, engine):
+    model = load(package, folders[package][TIED[package]], engine=engine)
+    again = copy.deepcopy(model)
+    again.load_state_dict(model.state_dict())
+    for other in (model, again, pickle.loads(pickle.dumps(model)), copy.deepcopy(model).double(), again.half()):
+        assert other.lm_head.weight is other.model.embed_tokens.weight
+        assert "lm_head.weight" in other.state_dict() and "lm_head.weight" not in dict(other.named_parameters())
 
 
 @pytest.mark.parametrize("package", PACKAGES)
