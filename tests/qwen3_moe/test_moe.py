@@ -62,15 +62,20 @@ def test_softmax_then_the_best_renormalised_is_the_best_then_softmax():
 
 
 def test_the_router_takes_its_softmax_in_float32():
-    x = torch.randn(64, 16).bfloat16()
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     router = Router(CONFIG).bfloat16()
-    router.weight.data = torch.randn(6, 16).bfloat16()
-    logits = torch.nn.functional.linear(x, router.weight).float()
-    expected = logits.softmax(-1).topk(2).values
-    assert expected.dtype == torch.float32
-    weights, _ = router(x)
-    assert weights.dtype == torch.bfloat16
-    assert torch.equal(weights, (expected / expected.sum(-1, keepdim=True)).bfloat16())
+    router.weight.data = torch.randn(6, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    logits = torch.nn.functional.linear(x, router.weight)
+
+    def weights_of(probabilities: torch.Tensor) -> torch.Tensor:
+        best = probabilities.topk(2).values
+        return (best / best.sum(-1, keepdim=True)).bfloat16()
+
+    for router in (router, with_engine("qwen3_moe", copy.deepcopy(router))):
+        weights, _ = router(x)
+        assert weights.dtype == torch.bfloat16
+        assert torch.equal(weights, weights_of(logits.float().softmax(-1)))
+        assert not torch.equal(weights, weights_of(logits.softmax(-1)))
 
 
 def reference(experts: Experts, x: torch.Tensor, weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
