@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-# Tests start processes that import torch; where its bytecode may not be kept, each of them compiles it for five seconds.
+# Tests start processes that import torch; where its bytecode may not be kept, each compiles it for five seconds.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 

@@ -21,6 +21,11 @@ def with_engine(package: str, model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def runs_engine(model: torch.nn.Module) -> bool:
+    """Whether a part of the model is of the engine."""
+    return any(".engine." in type(part).__module__ for part in model.modules())
+
+
 def without_compiler(monkeypatch, package: str, compiled=lambda function: function) -> None:
     """Let the compiled step run what `compiled` makes of its function: as it stands, in no time."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiled(function))
@@ -29,7 +34,7 @@ def without_compiler(monkeypatch, package: str, compiled=lambda function: functi
 
 
 def stack_on_the_cpu(monkeypatch, package: str, one_kernel: bool = False) -> None:
-    """Let load_model put experts into stacks as it does on a GPU, and forward take them for what is one kernel there."""
+    """Let load_model stack experts as on a GPU, and forward take grouped_mm for the one kernel that it is there."""
     experts = module(package, "engine.experts")
     real, gpu = experts.type_of_stacks, torch.device("cuda")
     monkeypatch.setattr(experts, "type_of_stacks", lambda config, files, device, *more: real(config, files, gpu, *more))

@@ -17,13 +17,20 @@ def seeded_tensor(name: str, shape: tuple[int, ...], std: float, mean: float = 0
     for size in shape:
         count *= size
     out = torch.empty(count)
-    for start in range(0, count, 1 << 22):
-        x = torch.arange(start, min(start + (1 << 22), count))
-        x = (x * 2654435761 + zlib.crc32(name.encode())) & 0xFFFFFFFF  # Knuth's multiplicative hash, then mixed
-        x = ((x ^ (x >> 15)) * 2246822519) & 0xFFFFFFFF
-        x = ((x ^ (x >> 13)) * 3266489917) & 0xFFFFFFFF
-        out[start:start + len(x)] = ((x ^ (x >> 16)).double() / 2**32 - 0.5).float()
-    return (out * (std * 12**0.5) + mean).view(shape)
+    for start in range(0, count, 1 << 16):  # in pieces that a processor's cache holds
+        # Knuth's multiplicative hash, then mixed; in 32 bits, of which the last shift and mask make no sign.
+        x = torch.arange(start, min(start + (1 << 16), count), dtype=torch.int32)
+        x.mul_(signed(2654435761)).add_(signed(zlib.crc32(name.encode())))
+        x.bitwise_xor_((x >> 15) & 0x1FFFF).mul_(signed(2246822519))
+        x.bitwise_xor_((x >> 13) & 0x7FFFF).mul_(signed(3266489917))
+        x.bitwise_xor_((x >> 16) & 0xFFFF)
+        out[start:start + len(x)] = x.bitwise_xor_(-1 << 31)  # 0 … 2^32 - 1 as -2^31 … 2^31 - 1, rounded to float32
+    return out.mul_(2**-32).mul_(std * 12**0.5).add_(mean).view(shape)
+
+
+def signed(number: int) -> int:
+    """A number of 32 bits, as a signed one of the same bits."""
+    return number - (1 << 32) if number >= 1 << 31 else number
 
 
 def mlp_shapes(name: str, D: int, F: int) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""The loop: every fast path against the slow one (a whole forward for each token), sampling against its distribution."""
+"""The loop: every fast path against the slow one (a whole forward for each token); sampling's distribution."""
 
 import itertools
 
@@ -11,10 +11,11 @@ from tests.packages import PACKAGES, module as module_of, with_engine
 NUMBERS = dict(vocab_size=61, hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=6,
                num_key_value_heads=2, head_dim=8, max_position_embeddings=128, rms_norm_eps=1e-6, rope_theta=1e4)
 EXPERTS = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True)
-LATENT = dict(vocab_size=61, hidden_size=24, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=3, num_attention_heads=3,
-              q_lora_rank=14, kv_lora_rank=18, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=8, n_routed_experts=8,
-              n_shared_experts=1, num_experts_per_tok=3, n_group=4, topk_group=2, norm_topk_prob=True, routed_scaling_factor=2.5,
-              first_k_dense_replace=1, num_nextn_predict_layers=1, max_position_embeddings=128, rms_norm_eps=1e-6, rope_theta=1e4)
+LATENT = dict(vocab_size=61, hidden_size=24, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=3,
+              num_attention_heads=3, q_lora_rank=14, kv_lora_rank=18, qk_nope_head_dim=10, qk_rope_head_dim=6,
+              v_head_dim=8, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=3, n_group=4, topk_group=2,
+              norm_topk_prob=True, routed_scaling_factor=2.5, first_k_dense_replace=1, num_nextn_predict_layers=1,
+              max_position_embeddings=128, rms_norm_eps=1e-6, rope_theta=1e4)
 EACH = {"qwen3": NUMBERS, "qwen3_moe": NUMBERS | EXPERTS, "deepseek_v3": LATENT}
 PROMPT = [5, 17, 3, 44, 44, 9, 60, 0, 21, 8, 33]
 
@@ -144,7 +145,8 @@ def test_no_forward_that_nobody_needs(module, model, monkeypatch, count):
     assert len(list(module.generate(model, PROMPT, max_new_tokens=count))) == count
     assert lengths == ([len(PROMPT)] + [1] * (count - 1) if count else [])
     lengths.clear()
-    assert [len(answer) for answer in module.generate_batch(model, PROMPTS, max_new_tokens=count)] == [count] * len(PROMPTS)
+    answers = module.generate_batch(model, PROMPTS, max_new_tokens=count)
+    assert [len(answer) for answer in answers] == [count] * len(PROMPTS)
     assert lengths == ([60] + [1] * (count - 1) if count else [])
 
 

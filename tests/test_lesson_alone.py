@@ -1,4 +1,7 @@
-"""The lesson without the engine: load_model(engine=False) and --plain run a package's own files and nothing else."""
+"""The lesson without the engine: load_model(engine=False) and --plain run a package's own files and nothing else.
+
+That it gives the logits of transformers and the tokens of the engine stands in test_model.py.
+"""
 
 import json
 import re
@@ -9,52 +12,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.packages import PACKAGES, module
+from tests.packages import PACKAGES, module, runs_engine
 from tests.qwen3.test_weights import FP8, quantise
-from tests.seeded import CASES, LONG_PROMPT, PROMPT, write_case
-from tests.test_generate import PROMPT as SMALL_PROMPT, PROMPTS, made, slowly
+from tests.test_generate import PROMPT, PROMPTS, made, slowly
 
 HERE = Path(__file__).parent
-LOGITS = {package: load_file(HERE / package / "reference/logits.safetensors") for package in PACKAGES}
-EVERY = [(package, name) for package in PACKAGES for name in CASES[package]]
-
-
-def classes(model: torch.nn.Module) -> set[str]:
-    """The files in which the model's parts are defined, of this project."""
-    return {type(part).__module__ for part in model.modules() if not type(part).__module__.startswith("torch.")}
-
-
-@pytest.mark.parametrize("package, name", EVERY)
-def test_it_gives_the_logits_of_transformers_and_the_tokens_of_the_engine(tmp_path, package, name):
-    folder = write_case(tmp_path, package, name)
-    load, generate = module(package, "weights").load_model, module(package, "generate")
-    plain, fast = load(folder, engine=False), load(folder)
-    assert not any(".engine." in file for file in classes(plain)) and any(".engine." in file for file in classes(fast))
-    for prompt, length in ((PROMPT, "short"), (LONG_PROMPT, "long")):
-        expected = LOGITS[package][f"{name}.{length}.float32"]
-        with torch.inference_mode():
-            logits = plain(torch.tensor([prompt]))[0, -len(PROMPT):]
-        assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
-        cache = generate.new_cache(plain, 0)
-        tokens = list(generate.generate(fast, prompt, max_new_tokens=8))
-        list(generate.generate(plain, prompt[:9], max_new_tokens=1, cache=cache))
-        assert list(generate.generate(plain, prompt, max_new_tokens=8)) == tokens
-        assert list(generate.generate(plain, prompt, max_new_tokens=8, cache=cache)) == tokens  # some are in the cache
-    prompts = [PROMPT, [4], LONG_PROMPT[:40]]
-    answers = generate.generate_batch(fast, prompts, max_new_tokens=8)
-    assert generate.generate_batch(plain, prompts, max_new_tokens=8) == answers
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_cache_no_cache_chunks_and_batches_give_the_same_tokens(monkeypatch, package):
     model, generate = made(package, engine=False), module(package, "generate")
-    expected = [slowly(model, prompt, 15) for prompt in PROMPTS]
-    assert generate.generate_batch(model, PROMPTS, max_new_tokens=15) == expected
+    expected = [slowly(model, prompt, 8) for prompt in PROMPTS]
+    assert generate.generate_batch(model, PROMPTS, max_new_tokens=8) == expected
     monkeypatch.setattr(generate, "PREFILL_CHUNK", 4)
-    assert [list(generate.generate(model, prompt, max_new_tokens=15)) for prompt in PROMPTS] == expected
-    assert generate.generate_batch(model, PROMPTS, max_new_tokens=15) == expected
+    assert [list(generate.generate(model, prompt, max_new_tokens=8)) for prompt in PROMPTS] == expected
+    assert generate.generate_batch(model, PROMPTS, max_new_tokens=8) == expected
     if package == "deepseek_v3":
-        assert list(generate.generate(model, SMALL_PROMPT, max_new_tokens=15, speculative=True)) == expected[0]
+        assert list(generate.generate(model, PROMPT, max_new_tokens=8, speculative=True)) == expected[0]
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -86,7 +60,7 @@ def test_plain_answers_as_without_it(monkeypatch, capfd, package, more):
         out, err = capfd.readouterr()
         texts.append((out, re.findall("^layer .*$", err, re.M)))
     assert texts[0] == texts[1] and texts[0][0].startswith("RoPE ") and bool(texts[0][1]) == ("--show-experts" in more)
-    assert [any(".engine." in file for file in classes(model)) for model in seen] == [True, False]
+    assert [runs_engine(model) for model in seen] == [True, False]
 
 
 @pytest.mark.parametrize("package", PACKAGES)

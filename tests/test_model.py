@@ -1,14 +1,16 @@
 """Logits and greedy tokens against transformers, on checkpoints of odd shapes (scripts/make_reference.py)."""
 
+import copy
 import itertools
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.packages import PACKAGES, module
+from tests.packages import PACKAGES, module, runs_engine
 from tests.seeded import CASES, LONG_PROMPT, PROMPT, write_case
 
 HERE = Path(__file__).parent
@@ -22,11 +24,12 @@ PLAIN = {"qwen3": "grouped", "qwen3_moe": "two_of_eight", "deepseek_v3": "yarn"}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, dict[str, Path]]:
     root = tmp_path_factory.mktemp("cases")
-    return {package: {name: write_case(root / package / name, package, name) for name in CASES[package]} for package in PACKAGES}
+    return {package: {name: write_case(root / package / name, package, name) for name in CASES[package]}
+            for package in PACKAGES}
 
 
-def load(package: str, folder: Path, dtype: str | None = None) -> torch.nn.Module:
-    return module(package, "weights").load_model(folder, dtype=dtype)
+def load(package: str, folder: Path, dtype: str | None = None, engine: bool = True) -> torch.nn.Module:
+    return module(package, "weights").load_model(folder, dtype=dtype, engine=engine)
 
 
 def logits_of(package: str, folder: Path, dtype: str, prompt: list[int]) -> torch.Tensor:
@@ -39,6 +42,26 @@ def test_float32_logits_are_those_of_transformers(folders, package, name, length
     expected = LOGITS[package][f"{name}.{length}.float32"]
     ours = logits_of(package, folders[package][name], "float32", PROMPTS[length])
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("package, name", [(package, name) for package in PACKAGES for name in CASES[package]])
+def test_the_lesson_alone_gives_the_same_logits_and_the_tokens_of_the_engine(folders, package, name):
+    """Whole prompts, prompts of which a cache holds the beginning, and a batch."""
+    generate, folder = module(package, "generate"), folders[package][name]
+    plain, fast = load(package, folder, engine=False), load(package, folder)
+    assert not runs_engine(plain) and runs_engine(fast)
+    request = dict(max_new_tokens=4)
+    for length, prompt in PROMPTS.items():
+        expected = LOGITS[package][f"{name}.{length}.float32"]
+        with torch.inference_mode():
+            logits = plain(torch.tensor([prompt]))[0, -len(PROMPT):]
+        assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+        tokens, cache = list(generate.generate(fast, prompt, **request)), generate.new_cache(plain, 0)
+        list(generate.generate(plain, prompt[:9], max_new_tokens=1, cache=cache))
+        assert list(generate.generate(plain, prompt, **request)) == tokens
+        assert list(generate.generate(plain, prompt, cache=cache, **request)) == tokens
+    prompts = [PROMPT, [4], LONG_PROMPT[:40]]
+    assert generate.generate_batch(plain, prompts, **request) == generate.generate_batch(fast, prompts, **request)
 
 
 @pytest.mark.parametrize("package, name, length", [every for every in EVERY if every[0] != "deepseek_v3"])
@@ -55,7 +78,7 @@ def bfloat16_errors(folders, package: str, name: str, length: str) -> tuple[torc
 
 
 def test_bfloat16_logits_of_all_cases_together_are_as_close_where_rounding_moves_tokens_to_other_experts(folders):
-    """Experts chosen by groups: one rounding, here or there, may send a token elsewhere, and a single case says little."""
+    """Experts chosen by groups: one rounding may send a token elsewhere, and a single case says little."""
     package = "deepseek_v3"
     every = [bfloat16_errors(folders, package, name, length) for name in CASES[package] for length in PROMPTS]
     ours, theirs = (torch.cat([pair[i] for pair in every]) for i in range(2))
@@ -73,7 +96,7 @@ def test_greedy_tokens_are_those_of_transformers(folders, package, name, length,
 
 @pytest.mark.parametrize("package, share", [("qwen3_moe", 0.9), ("deepseek_v3", 0.8)])
 def test_greedy_tokens_in_bfloat16_of_all_cases_together_are_those_of_transformers(folders, package, share):
-    """One rounding may send a token to other experts. Another processor is enough: transformers departs from itself there."""
+    """One rounding may send a token to other experts. On another processor transformers departs from itself."""
     same = all_ = 0
     for name, length in itertools.product(CASES[package], PROMPTS):
         tokens = SMALL[package]["cases"][name][f"{length}.bfloat16"]
@@ -123,8 +146,9 @@ def test_a_forward_without_cache_is_causal(folders, package):
     assert not torch.allclose(logits[0, 6], logits[1, 6], atol=1e-2)
 
 
-@pytest.mark.parametrize("package, name", [("qwen3", "grouped"), ("qwen3", "one_key_head_untied"), ("qwen3_moe", "two_of_eight"),
-                                           ("qwen3_moe", "shared_expert"), ("deepseek_v3", "yarn"), ("deepseek_v3", "moonlight")])
+@pytest.mark.parametrize("package, name", [
+    ("qwen3", "grouped"), ("qwen3", "one_key_head_untied"), ("qwen3_moe", "two_of_eight"),
+    ("qwen3_moe", "shared_expert"), ("deepseek_v3", "yarn"), ("deepseek_v3", "moonlight")])
 def test_gradients_reach_every_parameter_and_are_right(folders, package, name):
     model = load(package, folders[package][name]).double()
     ids = torch.tensor([PROMPT, PROMPT[::-1]])
@@ -140,7 +164,8 @@ def test_gradients_reach_every_parameter_and_are_right(folders, package, name):
     for weight in model.parameters():
         assert weight.grad is None or weight.grad.isfinite().all()
     # An expert that no token chose has nothing to learn; all else has.
-    idle = [name for name, weight in model.named_parameters() if weight.requires_grad and (weight.grad is None or not weight.grad.any())]
+    idle = [name for name, weight in model.named_parameters()
+            if weight.requires_grad and (weight.grad is None or not weight.grad.any())]
     assert all(".experts." in name for name in idle) and len(idle) < 0.2 * len(list(model.parameters()))
     # One number checked by moving it: the norms compute in float32, which bounds how exact that can be.
     attention = model.model.layers[1].self_attn
@@ -154,7 +179,8 @@ def test_gradients_reach_every_parameter_and_are_right(folders, package, name):
 
 
 @pytest.mark.parametrize("length", PROMPTS)
-@pytest.mark.parametrize("name", [name for name, changes in CASES["deepseek_v3"].items() if changes.get("num_nextn_predict_layers", 1)])
+@pytest.mark.parametrize("name", [name for name, changes in CASES["deepseek_v3"].items()
+                                  if changes.get("num_nextn_predict_layers", 1)])
 def test_logits_of_the_second_token_are_those_of_the_reference_put_together(folders, name, length):
     """transformers' own layers, joined by scripts/make_reference.py; the released order of embedding and state."""
     expected = LOGITS["deepseek_v3"][f"{name}.{length}.float32.second"]
@@ -171,6 +197,20 @@ def test_gradients_work_after_generating(folders, package):
     model = load(package, folders[package][PLAIN[package]])
     list(module(package, "generate").generate(model, PROMPT, max_new_tokens=2))
     model(torch.tensor([PROMPT])).sum().backward()
+
+
+TIED = {"qwen3": "grouped", "qwen3_moe": "three_not_normalised", "deepseek_v3": "half_split"}
+
+
+@pytest.mark.parametrize("engine", [True, False])
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_tied_head_stays_one_matrix_with_the_embedding(folders, package, engine):
+    model = load(package, folders[package][TIED[package]], engine=engine)
+    again = copy.deepcopy(model)
+    again.load_state_dict(model.state_dict())
+    for other in (model, again, pickle.loads(pickle.dumps(model)), copy.deepcopy(model).double(), again.half()):
+        assert other.lm_head.weight is other.model.embed_tokens.weight
+        assert "lm_head.weight" in other.state_dict() and "lm_head.weight" not in dict(other.named_parameters())
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -1,10 +1,11 @@
-"""Penalties and min_p, numbers that are not finite, and what a trainer or a server does to a model: autocast, threads, DDP."""
+"""Penalties and min_p, logits that are not finite, and what trainers and servers do: autocast, threads, DDP."""
 
 import copy
 import itertools
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,9 +60,10 @@ def drawn(module, logits: torch.Tensor, **settings) -> set[int]:
 @pytest.mark.parametrize("settings, expected", [
     (dict(top_p=0.5), {0}), (dict(top_p=0.500001), {0, 1}), (dict(top_p=0.75), {0, 1}), (dict(top_p=1.0), {0, 1, 2}),
     (dict(min_p=0.5), {0, 1, 2}), (dict(min_p=0.500001), {0}), (dict(min_p=1.0), {0}), (dict(min_p=0.0), {0, 1, 2}),
-    (dict(top_k=1), {0}), (dict(top_k=3), {0, 1, 2}), (dict(top_p=0.6, min_p=0.5), {0, 1}), (dict(top_k=1, min_p=0.1), {0})])
+    (dict(top_k=1), {0}), (dict(top_k=3), {0, 1, 2}), (dict(top_p=0.6, min_p=0.5), {0, 1}),
+    (dict(top_k=1, min_p=0.1), {0})])
 def test_at_a_boundary_exactly_what_the_rule_says_is_kept(module, settings, expected):
-    """Probabilities 1/2, 1/4 and 1/4, exact in float32; top_p is reached at once, min_p by what is just as likely."""
+    """Probabilities 1/2, 1/4 and 1/4, exact in float32; what reaches top_p ends it, what equals min_p is kept."""
     logits = torch.tensor([0.5, 0.25, 0.25]).log()
     assert logits.softmax(-1).tolist() == [0.5, 0.25, 0.25]
     got = drawn(module, logits[None], **settings)
@@ -90,7 +92,8 @@ def test_penalty_and_sampling_give_the_probabilities_of_transformers(module, set
     all_ = torch.zeros(1, 8).scatter(-1, ids, probabilities)
     assert torch.allclose(all_ / all_.sum(), torch.tensor(EXPECTED[settings]), atol=2e-6)
     count, generator = 20000, torch.Generator().manual_seed(1)
-    counts = torch.bincount(module.sample(logits.expand(count, -1), temperature, top_k, top_p, generator, min_p=min_p), minlength=8)
+    tokens = module.sample(logits.expand(count, -1), temperature, top_k, top_p, generator, min_p=min_p)
+    counts = torch.bincount(tokens, minlength=8)
     expected = torch.tensor(EXPECTED[settings]) * count
     assert counts[expected == 0].sum() == 0 and ((counts - expected) ** 2 / expected)[expected > 0].sum() < 30
 
@@ -105,14 +108,16 @@ def test_penalties_by_hand(module):
 
 
 def test_the_repetition_penalty_of_a_checkpoint_gives_the_tokens_of_transformers(module, package, published):
-    """transformers 5.24: "12 + 34 = ?" without thinking, greedy, in float32, repetition_penalty 2 -> "56" (not "46")."""
+    """transformers 5.24: "12 + 34 = ?" without thinking, greedy, float32, repetition_penalty 2 -> "56" (not "46")."""
     tokenizer = module_of(package, "tokenizer").Tokenizer.from_checkpoint(CHECKPOINTS / PACKAGES[package])
     stops, prompt = published.config.eos_token_id, tokenizer.chat([{"role": "user", "content": "12 + 34 = ?"}], False)
-    assert list(module.generate(published, prompt, max_new_tokens=9, stop_ids=stops, repetition_penalty=2.0)) == [20, 21]
-    assert list(module.generate(published, prompt, max_new_tokens=9, stop_ids=stops)) == [19, 21]
+    request = dict(max_new_tokens=9, stop_ids=stops)
+    assert list(module.generate(published, prompt, **request, repetition_penalty=2.0)) == [20, 21]
+    assert list(module.generate(published, prompt, **request)) == [19, 21]
 
 
-def penalised_slowly(model: torch.nn.Module, prompt: list[int], count: int, repetition: float, presence: float) -> list[int]:
+def penalised_slowly(model: torch.nn.Module, prompt: list[int], count: int, repetition: float,
+                     presence: float) -> list[int]:
     """The definition, in Python's own numbers."""
     ids = list(prompt)
     for _ in range(count):
@@ -136,7 +141,7 @@ def test_all_ways_penalise_alike(module, package, model, monkeypatch, repetition
     cache = module.new_cache(model, 30)
     list(module.generate(model, PROMPT[:6], max_new_tokens=2, cache=cache))
     cache.truncate(6)
-    assert list(module.generate(model, PROMPT, cache=cache, **more)) == expected[0]  # what the cache knows counts as well
+    assert list(module.generate(model, PROMPT, cache=cache, **more)) == expected[0]  # cached tokens count as well
     if package == "qwen3":
         without_compiler(monkeypatch, package)
         assert list(module.generate(model, PROMPT, compiled=True, **more)) == expected[0]
@@ -157,9 +162,10 @@ def test_neutral_penalties_compute_nothing(module, model, monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(temperature=1.2, repetition_penalty=1.5, presence_penalty=0.7, top_k=2), dict(temperature=0.8, repetition_penalty=1.3, min_p=0.2)])
+    dict(temperature=1.2, repetition_penalty=1.5, presence_penalty=0.7, top_k=2),
+    dict(temperature=0.8, repetition_penalty=1.3, min_p=0.2)])
 def test_speculation_has_exactly_the_distribution_of_plain_sampling(monkeypatch, settings):
-    """Every way that three tokens of a vocabulary of three can be drafted, kept, refused and drawn, with its probability."""
+    """Every way that three tokens of a vocabulary of three can be drafted, kept, refused and drawn, each weighed."""
     from deepseek_v3 import generate, speculative
     from deepseek_v3.config import Config
     from deepseek_v3.model import Model
@@ -227,9 +233,11 @@ def test_speculation_has_exactly_the_distribution_of_plain_sampling(monkeypatch,
 
 @pytest.mark.parametrize("more, message", [
     (dict(min_p=-0.1), "min_p is -0.1"), (dict(min_p=1.1), "min_p is 1.1"), (dict(min_p=float("nan")), "min_p is nan"),
-    (dict(repetition_penalty=0.0), "repetition_penalty is 0.0"), (dict(repetition_penalty=-1.0), "repetition_penalty is -1"),
+    (dict(repetition_penalty=0.0), "repetition_penalty is 0.0"),
+    (dict(repetition_penalty=-1.0), "repetition_penalty is -1"),
     (dict(repetition_penalty=float("inf")), "repetition_penalty is inf"),
-    (dict(presence_penalty=float("nan")), "presence_penalty is nan"), (dict(presence_penalty=float("-inf")), "presence_penalty is -inf")])
+    (dict(presence_penalty=float("nan")), "presence_penalty is nan"),
+    (dict(presence_penalty=float("-inf")), "presence_penalty is -inf")])
 def test_numbers_that_mean_nothing_are_refused(module, model, more, message):
     for call in (lambda: module.generate(model, PROMPT, max_new_tokens=2, **more),
                  lambda: module.generate_batch(model, PROMPTS, max_new_tokens=2, **more)):
@@ -255,7 +263,8 @@ def test_a_cache_that_does_not_fit_is_refused_in_a_sentence(module, package, mod
                   KVCache(layers, 40, torch.float32, "meta"), KVCache(layers[:2], 40, torch.float32)):
         with pytest.raises(ValueError, match="the cache was made for another model, type or device, or for a batch"):
             module.generate(model, PROMPT, max_new_tokens=3, cache=cache)
-    assert list(module.generate(model, PROMPT, max_new_tokens=3, cache=module.new_cache(model, 2, [0]))) == slowly(model, PROMPT, 3)
+    ids = module.generate(model, PROMPT, max_new_tokens=3, cache=module.new_cache(model, 2, [0]))
+    assert list(ids) == slowly(model, PROMPT, 3)
 
 
 # Logits that are not finite
@@ -274,7 +283,8 @@ def sick(model: torch.nn.Module, token: int, value: float = float("nan")) -> tor
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_prompt_whose_logits_are_not_finite_is_one_sentence(module, package, model, more, value):
     ids = module.generate(sick(model, PROMPT[-1], value), PROMPT, max_new_tokens=9, **more)
-    with pytest.raises(ValueError, match=r"^the logits of new token 1 are not finite: .* float32; try --dtype float32 or bfloat16$"):
+    message = r"^the logits of new token 1 are not finite: .* float32; try --dtype float32 or bfloat16$"
+    with pytest.raises(ValueError, match=message):
         next(ids)
     if package == "deepseek_v3":
         with pytest.raises(ValueError, match=r"^the logits of new token 1 are not finite"):
@@ -286,10 +296,10 @@ def test_an_answer_ends_where_its_logits_are_not_finite(module, package, model, 
     if (way, package) not in {("plain", package), ("compiled", "qwen3"), ("speculative", "deepseek_v3")}:
         pytest.skip("not a way of this package (or one that needs a GPU's stacks)")
     without_compiler(monkeypatch, package)
-    answer, got = slowly(model, PROMPT, 12), []
+    answer, got, how = slowly(model, PROMPT, 12), [], {} if way == "plain" else {way: True}
     place = next(i for i in range(2, 9) if answer[i] not in answer[:i] + PROMPT)
     with pytest.raises(ValueError, match=f"^the logits of new token {place + 2} are not finite"):
-        for token in module.generate(sick(model, answer[place]), PROMPT, max_new_tokens=12, **({} if way == "plain" else {way: True})):
+        for token in module.generate(sick(model, answer[place]), PROMPT, max_new_tokens=12, **how):
             got.append(token)
     assert got == answer[:place + 1]
 
@@ -297,9 +307,16 @@ def test_an_answer_ends_where_its_logits_are_not_finite(module, package, model, 
 @pytest.mark.parametrize("more", SAMPLED)
 def test_in_a_batch_only_the_row_whose_logits_are_not_finite_ends(module, model, more):
     healthy = module.generate_batch(model, PROMPTS[:3], max_new_tokens=8, seed=1, **more)
-    row, place = next((row, i) for row in range(3) for i in range(2, 7) if healthy[row][i] not in healthy[row][:i] + PROMPTS[:3][row]
-                      and not any(healthy[row][i] in healthy[other] + PROMPTS[:3][other] for other in range(3) if other != row))
-    with pytest.warns(UserWarning, match=f"^row {row} ends after {place + 1} tokens: its logits are not finite$") as seen:
+
+
+    def comes_first_here(row: int, i: int) -> bool:
+        """And in no other row."""
+        seen = PROMPTS[row] + healthy[row][:i]
+        return healthy[row][i] not in sum((PROMPTS[other] + healthy[other] for other in range(3) if other != row), seen)
+
+    row, place = next((row, i) for row in range(3) for i in range(2, 7) if comes_first_here(row, i))
+    message = f"^row {row} ends after {place + 1} tokens: its logits are not finite$"
+    with pytest.warns(UserWarning, match=message) as seen:
         answers = module.generate_batch(sick(model, healthy[row][place]), PROMPTS[:3], max_new_tokens=8, seed=1, **more)
     assert len(seen) == 1 and answers[row] == healthy[row][:place + 1]
     if not more.get("temperature"):
@@ -326,8 +343,9 @@ def test_what_overflows_in_float16_says_so(module, model):
 # Training
 
 IDS = torch.tensor([[(7 * i * i + 3 * i) % 500 for i in range(40)], [(5 * i * i + i) % 500 for i in range(40)]])
-# The loss of each embedded checkpoint on these ids in float32, and under autocast in bfloat16 and float16: transformers 5.24
-AUTOCAST = {"qwen3": (12.3443, 12.3503, 12.3452), "qwen3_moe": (11.5629, 11.5522, 11.5617), "deepseek_v3": (14.3020, 14.3052, 14.3025)}
+# The loss of each embedded checkpoint on these ids by transformers 5.24: float32, autocast to bfloat16 and to float16
+AUTOCAST = {"qwen3": (12.3443, 12.3503, 12.3452), "qwen3_moe": (11.5629, 11.5522, 11.5617),
+            "deepseek_v3": (14.3020, 14.3052, 14.3025)}
 
 
 def loss_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -362,11 +380,12 @@ def test_gradient_checkpointing_changes_no_gradient(model, use_reentrant):
     expected = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
     model.zero_grad()
     for layer in model.model.layers:
-        layer.forward = lambda *arguments, forward=layer.forward: checkpoint(forward, *arguments, use_reentrant=use_reentrant)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=use_reentrant)
     loss_of(model, ids).backward()
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            assert torch.allclose(weight.grad, expected[name], atol=1e-5 * float(expected[name].abs().max()) + 1e-9), name
+            right = expected[name]
+            assert torch.allclose(weight.grad, right, atol=1e-5 * float(right.abs().max()) + 1e-9), name
 
 
 def steps(model: torch.nn.Module, prompts: list[list[int]]) -> None:
@@ -427,11 +446,14 @@ def test_an_expert_without_tokens_is_not_called_where_no_gradient_is_wanted(pack
 # Threads
 
 def state() -> dict[str, object]:
-    return {"mkldnn": torch.backends.mkldnn.enabled, "dtype": torch.get_default_dtype(), "grad": torch.is_grad_enabled(),
-            "inference": torch.is_inference_mode_enabled(), "threads": torch.get_num_threads(), "interop": torch.get_num_interop_threads(),
-            "deterministic": torch.are_deterministic_algorithms_enabled(), "tf32": torch.backends.cuda.matmul.allow_tf32,
-            "precision": torch.get_float32_matmul_precision(), "autocast": torch.is_autocast_enabled("cpu"),
-            "seed": torch.initial_seed(), "device": torch.get_default_device(), "numbers": torch.get_rng_state().sum().item()}
+    return {"mkldnn": torch.backends.mkldnn.enabled, "dtype": torch.get_default_dtype(),
+            "grad": torch.is_grad_enabled(), "inference": torch.is_inference_mode_enabled(),
+            "threads": torch.get_num_threads(), "interop": torch.get_num_interop_threads(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "tf32": torch.backends.cuda.matmul.allow_tf32, "precision": torch.get_float32_matmul_precision(),
+            "autocast": torch.is_autocast_enabled("cpu"),
+            "seed": torch.initial_seed(), "device": torch.get_default_device(),
+            "numbers": torch.get_rng_state().sum().item()}
 
 
 def test_many_threads_generate_as_one_and_leave_the_process_as_it_was(module, package, model):
@@ -461,8 +483,12 @@ def test_many_threads_generate_as_one_and_leave_the_process_as_it_was(module, pa
 
 def test_a_matmul_of_one_row_touches_no_flag_of_the_process(package, monkeypatch):
     fast, flags, x = module_of(package, "engine.fast"), type(torch.backends.mkldnn), torch.ones(1, 8).bfloat16()
-    monkeypatch.setattr(flags, "__setattr__", lambda *_: pytest.fail("a flag of the whole process was set"))
-    monkeypatch.setattr(flags, "enabled", property(lambda self: True, lambda *_: pytest.fail("a flag of the whole process was set")))
+
+    def fail(*_) -> None:
+        pytest.fail("a flag of the whole process was set")
+
+    monkeypatch.setattr(flags, "__setattr__", fail)
+    monkeypatch.setattr(flags, "enabled", property(lambda self: True, fail))
     assert fast.matmul(x, torch.ones(4, 8).bfloat16()).tolist() == [[8.0] * 4]
 
 

@@ -45,7 +45,8 @@ def attention_by_loops(q, k, v, mask):
     return out
 
 
-@pytest.mark.parametrize("first, T, padding", [(0, 6, None), (4, 3, None), (5, 1, None), (0, 5, [0, 3]), (4, 1, [0, 2])])
+@pytest.mark.parametrize("first, T, padding", [
+    (0, 6, None), (4, 3, None), (5, 1, None), (0, 5, [0, 3]), (4, 1, [0, 2])])
 def test_every_form_of_attention_is_the_definition(first, T, padding):
     q, k, v, mask = queries_keys_values(first, T, padding)
     slow = attention_by_loops(q, k, v, mask)

@@ -1,4 +1,4 @@
-"""The building blocks against their definitions, computed slowly; and the engine's matmuls, one file in all packages."""
+"""The building blocks against their definitions; and the engine's matmuls, which are one file in all packages."""
 
 import itertools
 import math

@@ -21,7 +21,7 @@ from qwen3_moe.layers import MLP, Linear
 from qwen3_moe.moe import Experts, Router, SparseMoeBlock
 from qwen3_moe.weights import bytes_in_memory, load_model
 from tests.packages import stack_on_the_cpu, with_engine
-from tests.seeded import PROMPT, qwen3_moe_config, qwen3_shapes, write_case, write_checkpoint
+from tests.seeded import PROMPT, qwen3_moe_config, qwen3_shapes, seeded_tensor, write_case, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 FORMS = {"lesson": Experts.forward, "engine": grouped}
@@ -62,15 +62,20 @@ def test_softmax_then_the_best_renormalised_is_the_best_then_softmax():
 
 
 def test_the_router_takes_its_softmax_in_float32():
-    x = torch.randn(64, 16).bfloat16()
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     router = Router(CONFIG).bfloat16()
-    router.weight.data = torch.randn(6, 16).bfloat16()
-    logits = torch.nn.functional.linear(x, router.weight).float()
-    expected = logits.softmax(-1).topk(2).values
-    assert expected.dtype == torch.float32
-    weights, _ = router(x)
-    assert weights.dtype == torch.bfloat16
-    assert torch.equal(weights, (expected / expected.sum(-1, keepdim=True)).bfloat16())
+    router.weight.data = torch.randn(6, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    logits = torch.nn.functional.linear(x, router.weight)
+
+    def weights_of(probabilities: torch.Tensor) -> torch.Tensor:
+        best = probabilities.topk(2).values
+        return (best / best.sum(-1, keepdim=True)).bfloat16()
+
+    for router in (router, with_engine("qwen3_moe", copy.deepcopy(router))):
+        weights, _ = router(x)
+        assert weights.dtype == torch.bfloat16
+        assert torch.equal(weights, weights_of(logits.float().softmax(-1)))
+        assert not torch.equal(weights, weights_of(logits.softmax(-1)))
 
 
 def reference(experts: Experts, x: torch.Tensor, weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
@@ -130,8 +135,8 @@ def test_chosen_fp8_experts_meet_their_own_scales():
     for name, part in list(experts.named_modules()):
         if isinstance(part, Linear):
             rows, columns = part.weight.shape
-            scale = torch.empty(rows // 128, columns // 128)
-            experts.set_submodule(name, FP8Linear(SimpleNamespace(weight_block_size=(128, 128)), part.weight.data, scale))
+            scale, config = torch.empty(rows // 128, columns // 128), SimpleNamespace(weight_block_size=(128, 128))
+            experts.set_submodule(name, FP8Linear(config, part.weight.data, scale))
     experts.stack(torch.device("cpu"), torch.float8_e4m3fn)
     for stack in (experts.gate_up, experts.down):
         stack.copy_(torch.randn(stack.shape, generator=generator))
@@ -309,8 +314,10 @@ print(resident("RssAnon") - anon, resident("RssFile") - file, used)
 def test_an_expert_that_is_never_routed_to_is_never_read(tmp_path):
     config = qwen3_moe_config(vocab_size=256, hidden_size=512, num_hidden_layers=2, num_experts=64,
                               moe_intermediate_size=512, head_dim=32, torch_dtype="bfloat16")
-    tensors = {name: torch.randn(shape, dtype=torch.bfloat16) * (1 if len(shape) == 1 else 0.05)
-               for name, shape in qwen3_shapes(config).items()}
+    shapes = qwen3_shapes(config)
+    drawn = {shape: seeded_tensor("", shape, 1 if len(shape) == 1 else 0.05).bfloat16()
+             for shape in set(shapes.values())}
+    tensors = {name: drawn[shape].clone() for name, shape in shapes.items()}  # experts may be alike: the router decides
     folder = write_checkpoint(tmp_path / "made", config, torch.bfloat16, shapes={}, **tensors)
     small = write_checkpoint(tmp_path / "small", qwen3_moe_config(torch_dtype="bfloat16"), torch.bfloat16)
     done = subprocess.run([sys.executable, "-c", MEASURE, str(folder), str(small)], capture_output=True, text=True,
@@ -333,9 +340,10 @@ def test_memory_on_the_cpu_is_what_a_token_needs_and_elsewhere_everything(tmp_pa
     monkeypatch.setattr(sizes, "free_memory", lambda device: active + 100)
     assert "experts come from the disk when routed to" in check_memory(folder, cpu, None, 10, 100)
     assert "from the disk" in check_memory(folder, cpu, "float32", 10, 100)  # which is the file's own type
+    message = r"needs 0\.\d MB for weights and 0.0 MB for the cache of 10 tokens, but .* free"
     for device, dtype, free in ((torch.device("meta"), None, total), (cpu, "bfloat16", total // 2)):  # to be copied
         monkeypatch.setattr(sizes, "free_memory", lambda device: free)
-        with pytest.raises(ValueError, match=r"needs 0\.\d MB for weights and 0.0 MB for the cache of 10 tokens, but .* free"):
+        with pytest.raises(ValueError, match=message):
             check_memory(folder, device, dtype, 10, 100)
     monkeypatch.setattr(sizes, "free_memory", lambda device: active)
     with pytest.raises(ValueError, match="but cpu has"):
