@@ -82,10 +82,8 @@ def test_buffers_are_passed_over_and_change_neither_logits_nor_memory(tmp_path, 
 @pytest.mark.parametrize("package", MIXTURES)
 def test_a_stray_float32_table_does_not_count_in_the_memory_check(tmp_path, monkeypatch, package):
     folder, weights = write(tmp_path, package, torch.bfloat16, torch_dtype="bfloat16"), module(package, "weights")
-    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(9)}
-    save_file(tensors_of(folder) | table, folder / "model.safetensors")
-    sizes = module(package, "engine.sizes")
-    monkeypatch.setattr(sizes, "free_memory", lambda device: weights.bytes_in_memory(folder) * 8 // 10)
+    save_file(tensors_of(folder) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(9)}, folder / "model.safetensors")
+    monkeypatch.setattr(weights, "free_memory", lambda device: weights.bytes_in_memory(folder) * 8 // 10)
     assert "come from the disk when routed to" in weights.check_memory(folder, torch.device("cpu"), None, 10, 1000)
 
 
