@@ -397,8 +397,9 @@ def steps(model: torch.nn.Module, prompts: list[list[int]]) -> None:
         optimizer.step()
 
 
-def test_distributed_training_goes_on_where_experts_get_no_token(package, model):
-    model = copy.deepcopy(model).train()
+@pytest.mark.parametrize("engine", [True, False])
+def test_distributed_training_goes_on_where_experts_get_no_token(package, engine):
+    model = made(package, engine).train()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         steps(DistributedDataParallel(model), [[5, 7], [9], [3, 4]])  # the second step would raise
@@ -410,22 +411,23 @@ def test_distributed_training_goes_on_where_experts_get_no_token(package, model)
         assert 0 < sum(not grad.any() for name, grad in grads.items() if ".experts." in name) < len(grads)
 
 
-def one_of_two(rank: int, package: str, store: str) -> None:
+def one_of_two(rank: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model = made(package).train()
-    steps(DistributedDataParallel(model), [[5 + rank, 7], [9 + rank], [3, 4 + rank]])
-    mine = torch.cat([weight.detach().flatten() for weight in model.parameters()])
-    both = [torch.empty_like(mine) for _ in range(2)]
-    dist.all_gather(both, mine)
-    assert torch.equal(*both)
+    for package, engine in itertools.product(PACKAGES, (True, False)):
+        model = made(package, engine).train()
+        steps(DistributedDataParallel(model), [[5 + rank, 7], [9 + rank], [3, 4 + rank]])
+        mine = torch.cat([weight.detach().flatten() for weight in model.parameters()])
+        both = [torch.empty_like(mine) for _ in range(2)]
+        dist.all_gather(both, mine)
+        assert torch.equal(*both), package
     dist.barrier()
     os._exit(0)  # gloo's threads, taken down as a process ends, abort it in one of five runs
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_model(package, tmp_path):
-    torch.multiprocessing.spawn(one_of_two, (package, str(tmp_path / "store")), nprocs=2)
+def test_two_processes_train_one_model(tmp_path):
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path / "store"),), nprocs=2)
 
 
 def test_an_expert_without_tokens_is_not_called_where_no_gradient_is_wanted(package, model, monkeypatch):
