@@ -15,26 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .engine.fields import DTYPES
 from .engine.supported import read_supported
-
-__all__ = ["DTYPES", "Config", "Yarn"]
-
-
-@dataclass(frozen=True)
-class Yarn:
-    """YaRN's numbers, spelled as in `rope_scaling` (arXiv:2309.00071)."""
-
-    factor: float  # how many times longer the context becomes
-    original_max_position_embeddings: int  # the context that the model was trained on
-    beta_fast: float = 32.0  # pairs that turn more often than this in that context keep their frequency,
-    beta_slow: float = 1.0  # those that turn less often are slowed down by the factor, in between it is blended
-    truncate: bool = True  # the limits of the blend are rounded to whole pairs
-    attention_factor: float | None = None  # on cos and sin; None: computed from the factor and the two mscales
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    attn_factor: float = 1.0  # multiplies whatever the factor on cos and sin is
-
 
 @dataclass(frozen=True)
 class Config:
@@ -64,13 +45,14 @@ class Config:
     rms_norm_eps: float
     rope_theta: float  # the base of RoPE's frequencies
     rope_interleave: bool = True  # rotated pairs are neighbours
-    rope_scaling: Yarn | None = None
+    rope_scaling: "Yarn | None" = None  # RoPE stretched to longer contexts
     tie_word_embeddings: bool = False  # the embedding is the output head as well
 
     # How the weights are stored.
     dtype: torch.dtype | None = None  # None: the file does not say, and the tensors decide
     quantization: str | None = None  # "fp8": weights are stored in eight bits, with scales
     weight_block_size: tuple[int, int] | None = None  # rows x columns that share a scale, where the file says it
+    no_drafts: str = ""  # why the draft layer cannot be used, where the files have one
 
     # How to generate, from generation_config.json.
     eos_token_id: tuple[int, ...] = ()  # all that end an answer
@@ -80,7 +62,6 @@ class Config:
     min_p: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
-    no_drafts: str = ""  # why the layer that predicts a second token cannot be used, where the files have one
     notes: tuple[str, ...] = ()  # what is passed over or done otherwise, for standard error
 
     @property
@@ -90,11 +71,6 @@ class Config:
             return self.max_position_embeddings
         stretched = self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings
         return max(self.max_position_embeddings, int(stretched))
-
-    @property
-    def head_dim(self) -> int:
-        """What RoPE rotates, as transformers has it."""
-        return self.qk_rope_head_dim
 
     def is_sparse(self, layer: int) -> bool:
         """Whether this layer has experts instead of one MLP."""
@@ -139,3 +115,18 @@ class Config:
             **generation,
             notes=tuple(fields.notes),
         )
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN's numbers, spelled as in `rope_scaling` (arXiv:2309.00071)."""
+
+    factor: float  # how many times longer the context becomes
+    original_max_position_embeddings: int  # the context that the model was trained on
+    beta_fast: float = 32.0  # pairs that turn more often than this in that context keep their frequency,
+    beta_slow: float = 1.0  # those that turn less often are slowed down by the factor, in between it is blended
+    truncate: bool = True  # the limits of the blend are rounded to whole pairs
+    attention_factor: float | None = None  # on cos and sin; None: computed from the factor and the two mscales
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attn_factor: float = 1.0  # multiplies the factor that is computed

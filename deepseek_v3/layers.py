@@ -53,18 +53,21 @@ class Linear(nn.Module):
         self.weight = new_weight(out_features, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.matrix(x.dtype).T
+        return x @ self.weight.T
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """W (out, in). Here it is the parameter; a layer that stores W in fewer bits computes it, in `dtype`."""
+        """W itself, for who needs more than x W^T. A layer that stores W in fewer bits computes it, in `dtype`."""
         return self.weight
 
 
 def inverse_frequencies(config: Config) -> tuple[Tensor, float]:
-    """How fast each pair turns: theta^(-2j/P) radians a token, (P/2,) float32; and a factor on cos and sin."""
-    N = config.head_dim
+    """How fast each pair turns: theta^(-2j/P) radians a token, (P/2,) float32; and a factor on cos and sin.
+
+    "Inverse" is the field's word: these are frequencies, 1 / (tokens per radian).
+    """
+    P = config.qk_rope_head_dim
     # On the CPU even if the model is built on the meta device: these numbers stand in no checkpoint.
-    period = config.rope_theta ** (torch.arange(0, N, 2, dtype=torch.float32, device="cpu") / N)  # tokens per radian
+    period = config.rope_theta ** (torch.arange(0, P, 2, dtype=torch.float32, device="cpu") / P)  # tokens per radian
     if config.rope_scaling:  # stretched to longer contexts, as in all of DeepSeek's: yarn.py
         return yarn(period, config.rope_theta, config.rope_scaling)
     return 1 / period, 1.0
@@ -84,11 +87,11 @@ class RotaryEmbedding:
     """
 
     def __init__(self, config: Config):
-        self.frequencies, self.scale = inverse_frequencies(config)
+        self.inv_freq, self.scale = inverse_frequencies(config)  # no buffer: .to(bfloat16) would round it
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions (B or 1, T) -> cos and sin (B or 1, 1, T, P/2), ready to multiply all heads."""
-        angles = positions[:, None, :, None] * self.frequencies.to(positions.device)  # float32
+        angles = positions[:, None, :, None] * self.inv_freq.to(positions.device)  # float32
         # bfloat16 resolves an angle near 30,000 only to 128 radians, so the conversion comes last.
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
 
@@ -114,17 +117,18 @@ def attention_mask(first: int, T: int, padding: Tensor | None, device: torch.dev
     """
     query, key = torch.arange(first, first + T, device=device)[:, None], torch.arange(first + T, device=device)
     mask = key <= query  # (T, S)
-    if padding is None:
-        return mask
-    # A query that is itself padding sees itself: a softmax over nothing is NaN, and NaN spreads.
-    return (mask & (key >= padding[:, :, None]) | (key == query))[:, None]  # (B, 1, T, S)
+    if padding is not None:
+        mask = mask & (key >= padding[:, :, None])  # (B, T, S)
+        # A query that is itself padding sees itself: a softmax over nothing is NaN, and NaN spreads.
+        mask = (mask | (key == query))[:, None]  # (B, 1, T, S)
+    return mask
 
 
 class KVCache:
     """What attention keeps of all tokens so far, for every layer: one latent (R + P) of each, for all heads together.
 
     Slots are written in place and handed out as views. Rows of a batch end at the same slot: a shorter
-    prompt starts later, after `padding[b]` slots that no query sees.
+    prompt starts later, after `padding[b]` slots that no query sees. `padding` None is a single row.
 
         slot        0 1 2 3 4 5          position of a token in its own text = slot - padding
         row 0       a b c d e →
@@ -134,6 +138,7 @@ class KVCache:
     def __init__(self, attentions: Sequence[nn.Module], capacity: int, dtype: torch.dtype,
                  device: torch.device | str = "cpu", padding: list[int] | None = None):
         L, B = len(attentions), len(padding or [0])
+        # One tensor here, for the latents; every kind of attention says what it wants to keep.
         self.tensors = [torch.empty(L, B, heads, capacity, size, dtype=dtype, device=device)
                         for heads, size in attentions[0].cached]
         self.padding = torch.tensor(padding, device=device)[:, None] if padding and any(padding) else None  # (B, 1)

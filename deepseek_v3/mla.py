@@ -5,16 +5,17 @@
            │                                                            │
            └─ q_a_proj ─ norm ─ q_b_proj ─┬─> q_nope (H, N)             │
                                           └─ RoPE ──> q_rope (H, P)     │
-                                                                        v
+                                                                        ▼
     expanded   k_nope, v = kv_b_proj(c), for every head and every token in the cache: (H, N) and (H, M)
                score = (q_nope·k_nope + q_rope·k_rope) · scale,  out = Σ softmax(score) v
 
-    absorbed   kv_b_proj is W_UK and W_UV, and   q_nope·(W_UK c) = (W_UKᵀ q_nope)·c,   Σ a (W_UV c) = W_UV (Σ a c):
+    absorbed   kv_b_proj is W_UK and W_UV, and with a = softmax(score)
+               q_nope·(W_UK c) = (W_UKᵀ q_nope)·c,   Σ a (W_UV c) = W_UV (Σ a c):
                score = ([W_UKᵀ q_nope, q_rope]·[c, k_rope]) · scale,  out = W_UV Σ softmax(score) c
                one key and one value for all heads, and they are what the cache holds: nothing is rebuilt
 
 k_rope is one head for all query heads, and apart from the latent: a rotation between W_UK and c, different for
-every token, could not be folded into the query.
+every token, could not be folded into the query. In the code `latents` are c and k_rope together, as the cache has them.
 
 Papers: DeepSeek-V2 (arXiv:2405.04434, section 2.1.2, eq. 9-13; 2.1.3, eq. 14-19), DeepSeek-V3 (arXiv:2412.19437,
 eq. 1-11).
@@ -31,19 +32,25 @@ LATENT_EPS = 1e-6  # of the norms on latents, whatever rms_norm_eps says: Moonli
 
 
 def softmax_scale(config: Config) -> float:
-    """1 / sqrt(N + P); with YaRN times mscale², which DeepSeek puts here and not on cos and sin (arXiv:2309.00071)."""
-    scale, yarn = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5, config.rope_scaling
-    return scale * mscale(yarn.factor, yarn.mscale_all_dim) ** 2 if yarn and yarn.mscale_all_dim else scale
+    """1 / sqrt(N + P); with YaRN times mscale² (arXiv:2309.00071, eq. 22).
+
+    DeepSeek wants that factor here, where it reaches both parts of a head, and not on cos and sin: its configs say
+    mscale = mscale_all_dim, and what yarn.py puts on cos and sin is the quotient of the two, 1.
+    """
+    scale, scaling = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5, config.rope_scaling
+    if scaling and scaling.mscale_all_dim:
+        scale *= mscale(scaling.factor, scaling.mscale_all_dim) ** 2
+    return scale
 
 
 class Attention(nn.Module):
-    """(B, T, D) -> (B, T, D). `absorb` None takes the form with fewer operations; True and False are for tests."""
+    """(B, T, D) -> (B, T, D), in the form that takes fewer operations."""
 
-    def __init__(self, config: Config, layer: int):
+    def __init__(self, config: Config, layer_idx: int):
         super().__init__()
         D, H, R = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
         N, P, M = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        self.layer, self.scale, self.absorb = layer, softmax_scale(config), None
+        self.layer_idx, self.scale = layer_idx, softmax_scale(config)
         self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, self.kv_lora_rank = N, P, M, R
         self.q_lora_rank, self.rope_interleave = config.q_lora_rank, config.rope_interleave
         self.cached = [(1, R + P)]  # heads and size of what the cache keeps of each token: one latent for all heads
@@ -68,7 +75,7 @@ class Attention(nn.Module):
         q_rope, k_rope = rotate(q_rope, cos, sin), rotate(k_rope, cos, sin)
         latents = torch.cat((self.kv_a_layernorm(c), k_rope), -1)  # (B, 1, T, R + P)
         if cache is not None:
-            (latents,) = cache.write(self.layer, latents)  # (B, 1, S, R + P)
+            (latents,) = cache.write(self.layer_idx, latents)  # (B, 1, S, R + P)
         form = self.absorbed if self.absorbs(x.shape[1], latents.shape[2]) else self.expanded
         out = form(q_nope, q_rope, latents, mask)  # (B, H, T, M)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
@@ -80,8 +87,7 @@ class Attention(nn.Module):
         absorbed   T R (N + M) to fold into query and output  T S (R + P)             T S R
         """
         N, M, R = self.qk_nope_head_dim, self.v_head_dim, self.kv_lora_rank
-        fewer = (S - T) * R * (N + M) > T * S * (2 * R - N - M)
-        return fewer if self.absorb is None else self.absorb
+        return (S - T) * R * (N + M) > T * S * (2 * R - N - M)  # the difference of the two; P is in both
 
     def expanded(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, mask: Tensor) -> Tensor:
         """Every head has keys and values of its own, expanded from the latents: (B, H, T, ·) -> (B, H, T, M)."""
@@ -96,7 +102,7 @@ class Attention(nn.Module):
         """On the latents alone: one key [c, k_rope] and one value c for all heads. (B, H, T, ·) -> (B, H, T, M)."""
         N, M, R = self.qk_nope_head_dim, self.v_head_dim, self.kv_lora_rank
         W_UK, W_UV = self.kv_b_proj.matrix(latents.dtype).view(-1, N + M, R).split((N, M), 1)  # (H, N, R), (H, M, R)
-        q = torch.cat((self.each_head(q_nope, W_UK.mT), q_rope), -1)  # (B, H, T, R + P)
+        q = torch.cat((self.each_head(q_nope, W_UK.mT), q_rope), -1)  # W_UKᵀ q_nope: (B, H, T, R), and q_rope
         out = self.sdpa(q, latents, latents[..., :R], mask)  # (B, H, T, R)
         return self.each_head(out, W_UV)
 

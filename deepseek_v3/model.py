@@ -5,11 +5,12 @@
                        x = x + attention(norm(x)) ─┤  each layer
                        x = x + mlp(norm(x))       ─┘   the mlp is a mixture of experts except in the first layers
 
-    multi-token prediction (MTP): layers.L looks at h at t and at the token that came at t+1, and predicts t+2
+    Multi-token prediction (MTP): one layer more, layers.L, guesses a second token, so that generation can take two in
+    one step (speculative.py). It looks at h at t and at the token that came at t+1, and predicts the one at t+2:
 
         embedding of t+1 ─ enorm ─┐
                                   ├─ eh_proj ─ a layer ─ shared_head.norm ─ lm_head ─ logits
-                     h at t ─ hnorm ┘
+                  h at t ─ hnorm ─┘
 
 Modules are named as the checkpoint's tensors: `model.layers.0.self_attn.q_a_proj.weight` is exactly that
 attribute here. Papers: DeepSeek-V3 (arXiv:2412.19437; section 2.2, eq. 21-23 for MTP); the norm before each part and
@@ -28,12 +29,13 @@ from .moe import DeepSeekMoE
 class Layer(nn.Module):
     """One layer: two steps, each added to the residual stream x. (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, config: Config, layer: int, cache_layer: int | None = None):
+    def __init__(self, config: Config, layer_idx: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer if cache_layer is None else cache_layer)
+        self.self_attn = Attention(config, layer_idx)
+        # The norm of the MLP. Its name in the files says where it stands: after attention.
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        sparse = config.is_sparse(layer)
+        sparse = config.is_sparse(layer_idx)
         self.mlp = DeepSeekMoE(config) if sparse else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: KVCache | None) -> Tensor:
@@ -45,8 +47,9 @@ class Layer(nn.Module):
 class MTPLayer(Layer):
     """The draft layer (MTP module), after the last. It uses the main model's embedding and head; files hold copies."""
 
-    def __init__(self, config: Config, layer: int):
-        super().__init__(config, layer, cache_layer=0)  # it has a cache of its own
+    def __init__(self, config: Config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.self_attn.layer_idx = 0  # it has a cache of its own
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
@@ -64,7 +67,7 @@ class Transformer(nn.Module):
         super().__init__()
         size = config.vocab_size, config.hidden_size
         self.embed_tokens = nn.Embedding(*size, _weight=new_weight(*size))
-        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
         for extra in range(config.num_nextn_predict_layers):
             self.layers.append(MTPLayer(config, config.num_hidden_layers + extra))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -75,12 +78,15 @@ class Transformer(nn.Module):
         layers = [layer for layer in self.layers if not isinstance(layer, MTPLayer)]
         x = self.norm(self.run(layers, self.embed_tokens(token_ids), cache))
         if torch.is_grad_enabled() and len(layers) < len(self.layers):
-            # The draft layer gets gradients of zero in training, which training on several GPUs waits for.
-            x = x + self.predict_second(token_ids[:1, :1], x[:1, :1])[:, :0].sum()
+            x = x + self.zero_from_the_draft_layer(token_ids, x)
         return x
 
+    def zero_from_the_draft_layer(self, token_ids: Tensor, hidden: Tensor) -> Tensor:
+        """0, with gradients of 0 for the draft layer: DistributedDataParallel waits for a gradient of every weight."""
+        return self.predict_second(token_ids[:1, :1], hidden[:1, :1])[:, :0].sum()
+
     def predict_second(self, token_ids: Tensor, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
-        """What `mtp` gives to the head: tokens t+1 (B, T) and final states t (B, T, D) -> states for t+2 (B, T, D)."""
+        """The draft layer's part of `Model.mtp`: tokens t+1 (B, T) and final states t (B, T, D) -> states for t+2."""
         layer = self.layers[-1]
         x = self.run([layer], layer.join(self.embed_tokens(token_ids), hidden), cache)
         return layer.shared_head["norm"](x)

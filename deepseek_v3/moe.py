@@ -68,23 +68,24 @@ class Experts(nn.ModuleList):
         Each expert runs once, on all tokens that chose it, so that its matrices are read once.
         """
         results = x.new_zeros(*topk_ids.shape, x.shape[-1])  # (n, A, D)
-        # Experts that no token chose are not touched, except in training: there they get gradients of zero, which
-        # training on several GPUs waits for.
-        for e in range(len(self)) if torch.is_grad_enabled() else topk_ids.unique().tolist():
+        used = topk_ids.unique().tolist()
+        if torch.is_grad_enabled():  # in training every expert gets a gradient, if of zeros: DDP waits for all of them
+            used = range(len(self))
+        for e in used:
             token, place = (topk_ids == e).nonzero(as_tuple=True)  # (m,): expert e is the place-th choice of this token
-            results[token, place] = self[e](x[token]).to(x.dtype)
+            results[token, place] = self[e](x[token]).to(x.dtype)  # another type under autocast
         return combine(results, weights)
 
 
 def combine(results: Tensor, weights: Tensor) -> Tensor:
-    """Each token's A results, weighed and added up: (n, A, D) and (n, A) -> (n, D)."""
+    """Each token's A results, weighed and added up in the weights' type: (n, A, D) and (n, A) -> (n, D)."""
     return (results * weights[..., None]).sum(1).to(results.dtype)
 
 
 class DeepSeekMoE(nn.Module):
     """Routed experts, and shared ones that see every token (DeepSeek-V3, eq. 12). (B, T, D) -> (B, T, D).
 
-    What all tokens need is learned once, by the shared experts; n of them are one MLP of n times the width.
+    What all tokens need is learned once, by the shared experts. They are one MLP, n_shared_experts times as wide.
     """
 
     def __init__(self, config: Config):

@@ -51,7 +51,7 @@ def speculate(model: Model, prompt_ids: list[int], max_new_tokens: int, sampler:
     if cache.drafts is None:
         like = cache.tensors[0]
         cache.drafts = KVCache([model.model.layers[-1].self_attn], 0, like.dtype, like.device)
-    # One known token is computed again: the state at it is wanted, and no cache has that.
+    # The draft layer needs the state before each token that it reads, and no cache has states: start one token earlier.
     start = max(0, min(cache.length - 1, cache.drafts.length))
     for one in (cache, cache.drafts):
         one.length = start
@@ -70,9 +70,7 @@ def speculate(model: Model, prompt_ids: list[int], max_new_tokens: int, sampler:
             count += 1
             if count == max_new_tokens:
                 return
-        # A guess may be anything, also 0 where a damaged draft layer gives no number: the model decides.
-        logits = draft(model, following, hidden, cache.drafts).nan_to_num(0, 0, 0)  # (1, V)
-        guess = distribution(sampler, logits, count + 1)  # (V,)
+        guess = distribution(sampler, draft(model, following, hidden, cache.drafts), count + 1)  # (V,)
         drafted = draw(guess, sampler.generator)
         hidden = model.model(torch.tensor([[new[-1], drafted]], device=guess.device), cache)  # (1, 2, D)
         logits = model.lm_head(hidden[0])  # (2, V)
@@ -102,7 +100,8 @@ def draft(model: Model, following: list[int], hidden: Tensor, cache: KVCache) ->
     *chunks, last = zip(ids.split(PREFILL_CHUNK, 1), hidden.split(PREFILL_CHUNK, 1))
     for chunk, states in chunks:
         model.model.predict_second(chunk, states, cache)
-    return model.mtp(*last, cache, last_only=True)[0]
+    # A guess may be anything, also 0 where a damaged draft layer gives no number: the model decides.
+    return model.mtp(*last, cache, last_only=True)[0].nan_to_num(0, 0, 0)
 
 
 def distribution(sampler: Sampler, logits: Tensor, number: int) -> Tensor:
@@ -128,12 +127,13 @@ def choose(sampler: Sampler, probabilities: Tensor) -> int:
 
 
 def verify(truth: Tensor, guess: Tensor, drafted: int, generator: torch.Generator) -> int:
-    """The draft where it stands, else another token in its place; truth and guess are distributions (V,).
+    """The draft where it stands, else another token in its place; truth and guess are distributions (V,), p and q.
 
     A draft is kept with probability min(1, truth/guess), and what is lost by that is drawn from where the guess was
     too small; together that is the truth exactly. Greedy decoding is the case of one certain token.
     """
-    if float(torch.rand((), generator=generator, device=generator.device)) * guess[drafted] < truth[drafted]:
+    chance = float(torch.rand((), generator=generator, device=generator.device))
+    if chance * guess[drafted] < truth[drafted]:  # chance < p/q, without a division
         return drafted
     missing = (truth - guess).clamp(min=0)
-    return draw(missing if missing.any() else truth, generator)
+    return draw(missing if missing.any() else truth, generator)  # where the two agree, rounding may leave nothing

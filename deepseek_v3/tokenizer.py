@@ -56,7 +56,8 @@ class Tokenizer:
         bpe.normalizer, bpe.pre_tokenizer = library.normalizer, library.pre_tokenizer
         self.bpe = with_words(bpe, words)  # ordinary words that a fine-tune added; the published checkpoints have none
 
-        # What each id stands for: the files spell an ordinary token in the byte alphabet, and a special one as it is.
+        # What each id stands for. The files spell an ordinary token in the byte alphabet (below): `translate` turns
+        # its characters into those below 256, which latin-1 encodes as bytes. A special token stands as it is.
         to_byte = {ord(character): byte for byte, character in enumerate(byte_alphabet())}
         self.bytes_of = {id: token.translate(to_byte).encode("latin-1") for id, token in tokens.items()}
         self.bytes_of |= {id: name.encode() for name, id in self.control_ids.items()}
@@ -106,24 +107,9 @@ class Tokenizer:
         switch. Raises ValueError for other roles, and where no chat format is used.
         """
         check_messages(messages)
-        if self.chat_format != FORMATS["deepseek-v3.1"]:
-            return self.join(render(self.chat_format, messages, thinking, self.control_ids))
-        system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
-        parts = [Special(BOS), system] if BOS in self.control_ids else [system]
-        asked = False
-        for message in messages:
-            if message["role"] == "user":
-                parts += [Special(USER), message["content"]]
-                asked = True
-            elif message["role"] == "assistant":
-                # Reasoning would fill the context. In earlier answers a bare </think> stands for it.
-                answer = message["content"].split(END_THINK, 1)[-1]
-                parts += [Special(ASSISTANT), Special(END_THINK)] if asked else []
-                parts += [answer, Special(EOS)]
-                asked = False
-        if asked:  # the prompt opens the think block, or writes its end so that the model goes on with the answer
-            parts += [Special(ASSISTANT), Special(THINK if thinking else END_THINK)]
-        return self.join(parts)
+        if self.chat_format == FORMATS["deepseek-v3.1"]:
+            return self.join(deepseek_chat(messages, thinking, bos=BOS in self.control_ids))
+        return self.join(render(self.chat_format, messages, thinking, self.control_ids))  # of another release or family
 
     def join(self, parts: list[str]) -> list[int]:
         """Ids of texts and special tokens in turn. Neighbouring texts are merged first, since BPE sees across them."""
@@ -135,6 +121,26 @@ class Tokenizer:
             else:  # text, or a token such as <think> that this vocabulary spells as text
                 text += part
         return ids + self.encode(text)
+
+
+def deepseek_chat(messages: list[dict[str, str]], thinking: bool, bos: bool) -> list[str]:
+    """A conversation as V3.1 was trained to see it: texts, and Special tokens (strings that are marked as such)."""
+    system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
+    parts = [Special(BOS), system] if bos else [system]
+    asked = False
+    for message in messages:
+        if message["role"] == "user":
+            parts += [Special(USER), message["content"]]
+            asked = True
+        elif message["role"] == "assistant":
+            # Reasoning would fill the context. In earlier answers a bare </think> stands for it.
+            answer = message["content"].split(END_THINK, 1)[-1]
+            parts += [Special(ASSISTANT), Special(END_THINK)] if asked else []
+            parts += [answer, Special(EOS)]
+            asked = False
+    if asked:  # the prompt opens the think block, or writes its end so that the model goes on with the answer
+        parts += [Special(ASSISTANT), Special(THINK if thinking else END_THINK)]
+    return parts
 
 
 def byte_alphabet() -> str:

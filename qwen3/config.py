@@ -1,7 +1,7 @@
 """The numbers of a checkpoint: config.json and generation_config.json -> Config.
 
 Weights mean nothing without them: how many layers, how wide, how many heads share a key. They are read and never
-guessed. Inside this one family rope_theta is 1e6, 5e6 or 1e7, and head_dim is not hidden_size / num_attention_heads.
+guessed. Inside this one family rope_theta is 1e6 or 5e6, and head_dim is not hidden_size / num_attention_heads.
 
 The lesson reads the fields that it needs. engine/supported.py opens the files, brings both formats of config.json to
 one spelling (the published one), and refuses by name every field that would change the result and is not computed here.
@@ -14,26 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .engine.fields import DTYPES
 from .engine.supported import read_supported
-
-__all__ = ["DTYPES", "Config", "Yarn"]
-
-
-@dataclass(frozen=True)
-class Yarn:
-    """YaRN's numbers, spelled as in `rope_scaling` (arXiv:2309.00071)."""
-
-    factor: float  # how many times longer the context becomes
-    original_max_position_embeddings: int  # the context that the model was trained on
-    beta_fast: float = 32.0  # pairs that turn more often than this in that context keep their frequency,
-    beta_slow: float = 1.0  # those that turn less often are slowed down by the factor, in between it is blended
-    truncate: bool = True  # the limits of the blend are rounded to whole pairs
-    attention_factor: float | None = None  # on cos and sin; None: computed from the factor and the two mscales
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    attn_factor: float = 1.0  # multiplies whatever the factor on cos and sin is
-
 
 @dataclass(frozen=True)
 class Config:
@@ -49,7 +30,7 @@ class Config:
     max_position_embeddings: int  # the longest context without YaRN
     rms_norm_eps: float
     rope_theta: float  # the base of RoPE's frequencies
-    rope_scaling: Yarn | None = None
+    rope_scaling: "Yarn | None" = None  # RoPE stretched to longer contexts
     tie_word_embeddings: bool = False  # the embedding is the output head as well
 
     # How the weights are stored.
@@ -100,3 +81,18 @@ class Config:
             **generation,
             notes=tuple(fields.notes),
         )
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN's numbers, spelled as in `rope_scaling` (arXiv:2309.00071)."""
+
+    factor: float  # how many times longer the context becomes
+    original_max_position_embeddings: int  # the context that the model was trained on
+    beta_fast: float = 32.0  # pairs that turn more often than this in that context keep their frequency,
+    beta_slow: float = 1.0  # those that turn less often are slowed down by the factor, in between it is blended
+    truncate: bool = True  # the limits of the blend are rounded to whole pairs
+    attention_factor: float | None = None  # on cos and sin; None: computed from the factor and the two mscales
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attn_factor: float = 1.0  # multiplies the factor that is computed

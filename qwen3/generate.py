@@ -18,7 +18,7 @@ from .layers import KVCache
 from .model import Model
 
 # A prompt is fed in pieces, so that MLP activations and scores take memory for one piece, not for all of it. Smaller
-# ones would be slower: keys are seen in more pieces, and every piece reads all weights.
+# ones would be slower: every piece reads all weights and all earlier keys again.
 PREFILL_CHUNK = 4096
 
 
@@ -33,7 +33,7 @@ def sample(logits: Tensor, temperature: float = 0.0, top_k: int | None = None, t
 
 def top_k_top_p(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
                 min_p: float | None) -> tuple[Tensor, Tensor]:
-    """logits (B, V) -> what may be drawn: probabilities (B, C), not normalised again, and their ids (B, C).
+    """logits (B, V) -> the C candidates: probabilities (B, C), not normalised again, and their ids (B, C).
 
     Logits are divided by the temperature. Then these are kept, one rule after the other:
 
@@ -119,7 +119,8 @@ def generate(model: Model, prompt_ids: list[int], *, max_new_tokens: int, stop_i
     """
     prompt_ids, stop_ids = list(prompt_ids), set(stop_ids)  # the caller may change theirs before the first token
     check_request(model.config, [prompt_ids], max_new_tokens, **sampling)
-    cache = new_cache(model, 0) if cache is None else check_cache(cache, new_cache(model, 0), prompt_ids)
+    own = new_cache(model, 0)
+    cache = own if cache is None else check_cache(cache, own, prompt_ids)  # is it like one of this model's own?
     if max_new_tokens == 0:
         return iter(())
     cache.reserve(len(prompt_ids) + max_new_tokens - 1)  # the last new token is never fed back
@@ -128,7 +129,7 @@ def generate(model: Model, prompt_ids: list[int], *, max_new_tokens: int, stop_i
     unread = torch.tensor([prompt_ids[cache.length:]], device=sampler.generator.device)
 
     @torch.inference_mode()
-    def ids() -> Iterator[int]:
+    def ids() -> Iterator[int]:  # a function of its own, so that what is above happens now and not at the first token
         logits = prefill(model, unread, cache)
         for count in range(1, max_new_tokens + 1):
             check_finite(logits, count)

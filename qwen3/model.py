@@ -21,10 +21,11 @@ from .layers import MLP, Attention, KVCache, Linear, RMSNorm, RotaryEmbedding, a
 class Layer(nn.Module):
     """One layer: two steps, each added to the residual stream x. (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, config: Config, layer: int):
+    def __init__(self, config: Config, layer_idx: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config, layer_idx)
+        # The norm of the MLP. Its name in the files says where it stands: after attention.
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
@@ -41,7 +42,7 @@ class Transformer(nn.Module):
         super().__init__()
         size = config.vocab_size, config.hidden_size
         self.embed_tokens = nn.Embedding(*size, _weight=new_weight(*size))
-        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
 

@@ -23,22 +23,23 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
                progress: Callable[[int, int], None] | None = None, engine: bool = True) -> Model:
     """The checkpoint in `directory` as a model in eval mode.
 
-    dtype None keeps the checkpoint's own. `engine` swaps in faster parts and reads quantised weights; without it this
-    package's own files run and nothing else. `progress(done, total)` counts tensors. What a user should know stands in
-    model.config.notes.
+    dtype None keeps the checkpoint's own. `engine` swaps in faster parts (engine/parts.py) and reads quantised weights;
+    without it the model consists of this package's own parts alone. `progress(done, total)` counts tensors. What a user
+    should know stands in model.config.notes.
     Raises FileNotFoundError or ValueError, saying which file or tensor is missing, damaged or unexpected.
     """
-    config, files = read_checkpoint(directory, every=1)
+    config, files = read_checkpoint(directory, every=1)  # refuses what is damaged, and what is computed otherwise
     with torch.device("meta"):
         model = Model(config)
     if engine:
         return prepare(model, files, device, dtype, progress)
 
-    dtype, tensors = check_plain(model, files, dtype), {}
+    dtype = check_plain(model, files, dtype)
+    tensors = {}
     for path in sorted({tensor.path for tensor in files.tensors.values()}):
         with safe_open(path, framework="pt") as file:
             tensors |= {name: file.get_tensor(name).to(device, dtype) for name in file.keys() if name in files.tensors}
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings:  # stored once, and `strict` wants both names
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict(tensors, strict=True, assign=True)  # assign: the tensor itself becomes the parameter, no copy
     model.tie_weights()

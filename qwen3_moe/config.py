@@ -15,26 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .engine.fields import DTYPES
 from .engine.supported import read_supported
-
-__all__ = ["DTYPES", "Config", "Yarn"]
-
-
-@dataclass(frozen=True)
-class Yarn:
-    """YaRN's numbers, spelled as in `rope_scaling` (arXiv:2309.00071)."""
-
-    factor: float  # how many times longer the context becomes
-    original_max_position_embeddings: int  # the context that the model was trained on
-    beta_fast: float = 32.0  # pairs that turn more often than this in that context keep their frequency,
-    beta_slow: float = 1.0  # those that turn less often are slowed down by the factor, in between it is blended
-    truncate: bool = True  # the limits of the blend are rounded to whole pairs
-    attention_factor: float | None = None  # on cos and sin; None: computed from the factor and the two mscales
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    attn_factor: float = 1.0  # multiplies whatever the factor on cos and sin is
-
 
 @dataclass(frozen=True)
 class Config:
@@ -57,7 +38,7 @@ class Config:
     decoder_sparse_step: int = 1  # every how many layers there are experts
     mlp_only_layers: tuple[int, ...] = ()  # layers that are dense in spite of that
     shared_expert_intermediate_size: int = 0  # 0: no shared expert, as in every released Qwen3-MoE
-    rope_scaling: Yarn | None = None
+    rope_scaling: "Yarn | None" = None  # RoPE stretched to longer contexts
     tie_word_embeddings: bool = False  # the embedding is the output head as well
 
     # How the weights are stored.
@@ -119,3 +100,18 @@ class Config:
             **generation,
             notes=tuple(fields.notes),
         )
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN's numbers, spelled as in `rope_scaling` (arXiv:2309.00071)."""
+
+    factor: float  # how many times longer the context becomes
+    original_max_position_embeddings: int  # the context that the model was trained on
+    beta_fast: float = 32.0  # pairs that turn more often than this in that context keep their frequency,
+    beta_slow: float = 1.0  # those that turn less often are slowed down by the factor, in between it is blended
+    truncate: bool = True  # the limits of the blend are rounded to whole pairs
+    attention_factor: float | None = None  # on cos and sin; None: computed from the factor and the two mscales
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attn_factor: float = 1.0  # multiplies the factor that is computed

@@ -49,15 +49,18 @@ class Linear(nn.Module):
         self.weight = new_weight(out_features, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.matrix(x.dtype).T
+        return x @ self.weight.T
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """W (out, in). Here it is the parameter; a layer that stores W in fewer bits computes it, in `dtype`."""
+        """W itself, for who needs more than x W^T. A layer that stores W in fewer bits computes it, in `dtype`."""
         return self.weight
 
 
 def inverse_frequencies(config: Config) -> tuple[Tensor, float]:
-    """How fast each pair turns: theta^(-2j/N) radians a token, (N/2,) float32; and a factor on cos and sin, here 1."""
+    """How fast each pair turns: theta^(-2j/N) radians a token, (N/2,) float32; and a factor on cos and sin, here 1.
+
+    "Inverse" is the field's word: these are frequencies, 1 / (tokens per radian).
+    """
     N = config.head_dim
     # On the CPU even if the model is built on the meta device: these numbers stand in no checkpoint.
     period = config.rope_theta ** (torch.arange(0, N, 2, dtype=torch.float32, device="cpu") / N)  # tokens per radian
@@ -80,11 +83,11 @@ class RotaryEmbedding:
     """
 
     def __init__(self, config: Config):
-        self.frequencies, self.scale = inverse_frequencies(config)
+        self.inv_freq, self.scale = inverse_frequencies(config)  # no buffer: .to(bfloat16) would round it
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions (B or 1, T) -> cos and sin (B or 1, 1, T, N/2), ready to multiply all heads."""
-        angles = positions[:, None, :, None] * self.frequencies.to(positions.device)  # float32
+        angles = positions[:, None, :, None] * self.inv_freq.to(positions.device)  # float32
         # bfloat16 resolves an angle near 30,000 only to 128 radians, so the conversion comes last.
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
 
@@ -104,10 +107,10 @@ class Attention(nn.Module):
                                                           (B, K, S, N)
     """
 
-    def __init__(self, config: Config, layer: int):
+    def __init__(self, config: Config, layer_idx: int):
         super().__init__()
         D, H, K, N = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.layer, self.head_dim, self.scale = layer, N, N ** -0.5
+        self.layer_idx, self.head_dim, self.scale = layer_idx, N, N ** -0.5
         self.cached = [(K, N), (K, N)]  # heads and sizes of what the cache keeps of each token: a key and a value
         self.q_proj = Linear(D, H * N)  # H*N need not be D
         self.k_proj = Linear(D, K * N)
@@ -121,11 +124,12 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, N)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, N)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, N)
-        # The norm before the rotation: it keeps q·k from growing, and a rotation keeps its length.
+        # QK-Norm keeps q·k from growing in training. It comes before the rotation, which keeps lengths: the norm's
+        # weight is not the same for both values of a pair, so the other order would give other numbers.
         q = rotate(self.q_norm(q).transpose(1, 2), cos, sin)  # (B, H, T, N)
         k = rotate(self.k_norm(k).transpose(1, 2), cos, sin)  # (B, K, T, N)
         if cache is not None:
-            k, v = cache.write(self.layer, k, v)  # (B, K, S, N)
+            k, v = cache.write(self.layer_idx, k, v)  # (B, K, S, N)
         out = self.sdpa(q, k, v, mask)  # (B, H, T, N)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -140,7 +144,7 @@ class Attention(nn.Module):
         """
         q = q.unflatten(1, (k.shape[1], -1))  # (B, K, G, T, N)
         scores = torch.einsum("bkgtn,bksn->bkgts", q, k) * self.scale
-        scores = scores.masked_fill(~mask[..., None, :, :], -torch.inf)
+        scores = scores.masked_fill(~mask[..., None, :, :], -torch.inf)  # the same mask for all heads
         weights = scores.float().softmax(-1).to(q.dtype)
         return torch.einsum("bkgts,bksn->bkgtn", weights, v).flatten(1, 2)  # (B, H, T, N)
 
@@ -152,17 +156,18 @@ def attention_mask(first: int, T: int, padding: Tensor | None, device: torch.dev
     """
     query, key = torch.arange(first, first + T, device=device)[:, None], torch.arange(first + T, device=device)
     mask = key <= query  # (T, S)
-    if padding is None:
-        return mask
-    # A query that is itself padding sees itself: a softmax over nothing is NaN, and NaN spreads.
-    return (mask & (key >= padding[:, :, None]) | (key == query))[:, None]  # (B, 1, T, S)
+    if padding is not None:
+        mask = mask & (key >= padding[:, :, None])  # (B, T, S)
+        # A query that is itself padding sees itself: a softmax over nothing is NaN, and NaN spreads.
+        mask = (mask | (key == query))[:, None]  # (B, 1, T, S)
+    return mask
 
 
 class KVCache:
     """What attention keeps of all tokens so far, for every layer: keys and values, so that none is computed twice.
 
     Slots are written in place and handed out as views. Rows of a batch end at the same slot: a shorter
-    prompt starts later, after `padding[b]` slots that no query sees.
+    prompt starts later, after `padding[b]` slots that no query sees. `padding` None is a single row.
 
         slot        0 1 2 3 4 5          position of a token in its own text = slot - padding
         row 0       a b c d e →
@@ -172,6 +177,7 @@ class KVCache:
     def __init__(self, attentions: Sequence[Attention], capacity: int, dtype: torch.dtype,
                  device: torch.device | str = "cpu", padding: list[int] | None = None):
         L, B = len(attentions), len(padding or [0])
+        # Two tensors here, for keys and for values; every kind of attention says what it wants to keep.
         self.tensors = [torch.empty(L, B, heads, capacity, size, dtype=dtype, device=device)
                         for heads, size in attentions[0].cached]
         self.padding = torch.tensor(padding, device=device)[:, None] if padding and any(padding) else None  # (B, 1)

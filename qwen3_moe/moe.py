@@ -7,12 +7,14 @@
        token 1 ──┬── expert 2 ── · 0.6 ──┐
                  └── expert 0 ── · 0.4 ──┴── + ── y
 
+Why: a model knows more with more weights, but every weight costs time for every token. Here most of them rest.
+
 n = B*T tokens, E experts, A of them active for a token; the rest of the alphabet is in layers.py. An expert
 is the SwiGLU of the dense model, only narrower, and a token is routed by itself: what else is in the batch
-changes nothing.
+changes nothing. The checkpoint calls the router `gate`; the `gate_proj` inside an expert is another thing.
 
-Papers: mixture of experts (Shazeer et al. 2017, arXiv:1701.06538), Qwen3 (arXiv:2505.09388, section 2), load
-balancing over the global batch (arXiv:2501.11873); the shared expert is DeepSeekMoE's (arXiv:2401.06066).
+Papers: mixture of experts (Shazeer et al. 2017, arXiv:1701.06538), Qwen3 (arXiv:2505.09388, section 2); the shared
+expert is DeepSeekMoE's (arXiv:2401.06066). How training keeps the experts evenly used is in the README, section 9.
 """
 
 import torch
@@ -55,16 +57,17 @@ class Experts(nn.ModuleList):
         Each expert runs once, on all tokens that chose it, so that its matrices are read once.
         """
         results = x.new_zeros(*topk_ids.shape, x.shape[-1])  # (n, A, D)
-        # Experts that no token chose are not touched, except in training: there they get gradients of zero, which
-        # training on several GPUs waits for.
-        for e in range(len(self)) if torch.is_grad_enabled() else topk_ids.unique().tolist():
+        used = topk_ids.unique().tolist()
+        if torch.is_grad_enabled():  # in training every expert gets a gradient, if of zeros: DDP waits for all of them
+            used = range(len(self))
+        for e in used:
             token, place = (topk_ids == e).nonzero(as_tuple=True)  # (m,): expert e is the place-th choice of this token
-            results[token, place] = self[e](x[token]).to(x.dtype)
+            results[token, place] = self[e](x[token]).to(x.dtype)  # another type under autocast
         return combine(results, weights)
 
 
 def combine(results: Tensor, weights: Tensor) -> Tensor:
-    """Each token's A results, weighed and added up: (n, A, D) and (n, A) -> (n, D)."""
+    """Each token's A results, weighed and added up in the weights' type: (n, A, D) and (n, A) -> (n, D)."""
     return (results * weights[..., None]).sum(1).to(results.dtype)
 
 

@@ -54,7 +54,8 @@ class Tokenizer:
         bpe.normalizer, bpe.pre_tokenizer = library.normalizer, library.pre_tokenizer
         self.bpe = with_words(bpe, words)  # ordinary words that a fine-tune added; the published checkpoints have none
 
-        # What each id stands for: the files spell an ordinary token in the byte alphabet, and a special one as it is.
+        # What each id stands for. The files spell an ordinary token in the byte alphabet (below): `translate` turns
+        # its characters into those below 256, which latin-1 encodes as bytes. A special token stands as it is.
         to_byte = {ord(character): byte for byte, character in enumerate(byte_alphabet())}
         self.bytes_of = {id: token.translate(to_byte).encode("latin-1") for id, token in tokens.items()}
         self.bytes_of |= {id: name.encode() for name, id in self.control_ids.items()}
@@ -104,23 +105,9 @@ class Tokenizer:
         switch. Raises ValueError for other roles, and where no chat format is used.
         """
         check_messages(messages)
-        if self.chat_format != FORMATS["qwen3"]:
-            return self.join(render(self.chat_format, messages, thinking, self.control_ids))
-        parts, asked = [], last_question(messages)
-        for i, message in enumerate(messages):
-            content = [message["content"]]
-            if message["role"] == "assistant":
-                # Reasoning would fill the context. Only what follows the last question keeps its own.
-                reasoning, answer = split_reasoning(message)
-                content = [answer]
-                if i > asked and (reasoning or i == len(messages) - 1):
-                    content = [Special(THINK), "\n" + reasoning.strip("\n") + "\n", Special(END_THINK),
-                               "\n\n" + answer.lstrip("\n")]
-            parts += [Special(IM_START), message["role"] + "\n", *content, Special(IM_END), "\n"]
-        parts += [Special(IM_START), "assistant\n"]
-        if not thinking:  # the prompt holds an empty think block, so the model goes on with the answer
-            parts += [Special(THINK), "\n\n", Special(END_THINK), "\n\n"]
-        return self.join(parts)
+        if self.chat_format == FORMATS["qwen3"]:
+            return self.join(chatml(messages, thinking))
+        return self.join(render(self.chat_format, messages, thinking, self.control_ids))  # of another family
 
     def join(self, parts: list[str]) -> list[int]:
         """Ids of texts and special tokens in turn. Neighbouring texts are merged first, since BPE sees across them."""
@@ -132,6 +119,26 @@ class Tokenizer:
             else:  # text, or a token such as <think> that this vocabulary spells as text
                 text += part
         return ids + self.encode(text)
+
+
+def chatml(messages: list[dict[str, str]], thinking: bool) -> list[str]:
+    """A conversation as Qwen3 was trained to see it: texts, and Special tokens (strings that are marked as such)."""
+    parts, asked = [], last_question(messages)
+    for i, message in enumerate(messages):
+        content = [message["content"]]
+        if message["role"] == "assistant":
+            # Earlier reasoning would fill the context, so the template leaves it out. Only what follows the last
+            # question keeps its own, and the very last message has a think block even if it is empty.
+            reasoning, answer = split_reasoning(message)
+            content = [answer]
+            if i > asked and (reasoning or i == len(messages) - 1):
+                content = [Special(THINK), "\n" + reasoning.strip("\n") + "\n", Special(END_THINK),
+                           "\n\n" + answer.lstrip("\n")]
+        parts += [Special(IM_START), message["role"] + "\n", *content, Special(IM_END), "\n"]
+    parts += [Special(IM_START), "assistant\n"]
+    if not thinking:  # the prompt holds an empty think block, so the model goes on with the answer
+        parts += [Special(THINK), "\n\n", Special(END_THINK), "\n\n"]
+    return parts
 
 
 def byte_alphabet() -> str:

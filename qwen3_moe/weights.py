@@ -11,7 +11,11 @@ So a model of any size starts immediately, and an expert that no token is routed
 larger than memory runs, as fast as the disk brings the experts that it wants. Of Qwen3-30B-A3B's 61 GB a token
 reads 6.1 GB. Another type or device costs one conversion per tensor.
 
-The views are made in engine/safetensors_reader.py: the method `read`, and above it what a file may not contain.
+A view takes no more than this, and engine/safetensors_reader.py does it (`CheckpointFiles.read`), after it has
+checked that the table tells the truth:
+
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    tensor = torch.frombuffer(mapped, dtype=torch.uint8, count=length, offset=first_byte).view(dtype).view(shape)
 """
 
 from collections.abc import Callable
@@ -29,12 +33,12 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
                progress: Callable[[int, int], None] | None = None, engine: bool = True) -> Model:
     """The checkpoint in `directory` as a model in eval mode.
 
-    dtype None keeps the checkpoint's own. `engine` swaps in faster parts and reads quantised weights; without it this
-    package's own files run and nothing else. `progress(done, total)` counts tensors. What a user should know stands in
-    model.config.notes.
+    dtype None keeps the checkpoint's own. `engine` swaps in faster parts (engine/parts.py) and reads quantised weights;
+    without it the model consists of this package's own parts alone. `progress(done, total)` counts tensors. What a user
+    should know stands in model.config.notes.
     Raises FileNotFoundError or ValueError, saying which file or tensor is missing, damaged or unexpected.
     """
-    config, files = read_checkpoint(directory, every=1)
+    config, files = read_checkpoint(directory, every=1)  # refuses what is damaged, and what is computed otherwise
     with torch.device("meta"):  # every tensor has a shape and no memory yet
         model = Model(config)
     if engine:

@@ -30,20 +30,22 @@ EQUAL = {
     "engine/experts.py": EXPERTS,
     "engine/expert_picture.py": EXPERTS,
     **{f"engine/{name}.py": ALL for name in (
-        "__init__", "architectures", "arguments", "batch", "chat_formats", "chatml_shapes", "compiled", "conversation",
-        "fast", "fields", "generation_fields", "memory", "prepare", "quantization", "quantized", "requests",
-        "rope_fields", "safetensors_reader", "sizes", "supported", "template_expressions", "template_reader",
-        "template_shapes", "templates", "terminal", "tiktoken_vocab", "vocabulary", "yarn")},
+        "__init__", "architecture_fields", "arguments", "batch", "chat_formats", "chatml_shapes", "compiled",
+        "conversation", "fast", "fields", "generation_fields", "memory", "prepare", "quantization_fields",
+        "quantized", "requests", "rope_fields", "safetensors_reader", "sizes", "supported",
+        "template_expressions", "template_reader", "template_shapes", "templates", "terminal", "tiktoken_vocab",
+        "vocabulary", "yarn")},
 }
 # Where a package keeps such a file under another name: (package, path) -> its path in that package.
 ELSEWHERE = {("deepseek_v3", "engine/yarn.py"): "yarn.py"}  # a lesson there, where it is on
 # Files of the engine that have one name in several packages and differ: path -> why.
-OWN = {"engine/architecture.py": "what the other files of the engine have to know of this package's architecture"}
+OWN = {"engine/parts.py": "what the other files of the engine have to know of this package's architecture"}
 # Functions, methods and classes of one name in the lesson that differ: "file.py name" -> why.
 MAY_DIFFER = {
     "config.py Config": "each architecture has fields of its own",
     "config.py Config.from_checkpoint": "each architecture has fields of its own",
     "config.py Config.is_sparse": "which layers have experts is said in other fields",
+    "layers.py inverse_frequencies": "only a part of each head is rotated",
     "layers.py KVCache.__init__": "the draft layer has a cache of its own",
     "layers.py KVCache.truncate": "the draft layer has a cache of its own",
     "tokenizer.py Tokenizer.chat": "each family's own chat format",

@@ -15,7 +15,7 @@ def module(package: str, name: str) -> ModuleType:
 
 def with_engine(package: str, model: torch.nn.Module) -> torch.nn.Module:
     """The same model with the engine's parts in it, as load_model swaps them in."""
-    faster = module(package, "engine.architecture").FASTER
+    faster = module(package, "engine.parts").FASTER
     for part in model.modules():
         part.__class__ = faster.get(type(part), type(part))
     return model
@@ -39,3 +39,10 @@ def stack_on_the_cpu(monkeypatch, package: str, one_kernel: bool = False) -> Non
     real, gpu = experts.type_of_stacks, torch.device("cuda")
     monkeypatch.setattr(experts, "type_of_stacks", lambda config, files, device, *more: real(config, files, gpu, *more))
     monkeypatch.setattr(experts, "grouped_mm_is_one_kernel", lambda *_: one_kernel)
+
+
+def force_form(attention: torch.nn.Module, absorb: bool | None) -> None:
+    """The absorbed or the expanded form of latent attention; None lets it take the one with fewer operations."""
+    vars(attention).pop("absorbs", None)
+    if absorb is not None:
+        attention.absorbs = lambda T, S: absorb

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.packages import PACKAGES, module
+from tests.packages import PACKAGES, force_form, module
 from tests.test_generate import EACH, PROMPT, made
 
-PARTS = [(package, part.__name__) for package in PACKAGES for part in module(package, "engine.architecture").FASTER]
+PARTS = [(package, part.__name__) for package in PACKAGES for part in module(package, "engine.parts").FASTER]
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 0.04}
 
 
 def pair_of(package: str, name: str) -> tuple[nn.Module, nn.Module]:
     """(The lesson's part, the engine's) with the same weights, large enough to make a difference."""
-    faster = {part.__name__: (part, twin) for part, twin in module(package, "engine.architecture").FASTER.items()}
+    faster = {part.__name__: (part, twin) for part, twin in module(package, "engine.parts").FASTER.items()}
     config = module(package, "config").Config(**EACH[package])
     arguments = {"Linear": (24, 40), "Attention": (config, 1), "Router": (config,), "Experts": (8, 24, 16)}[name]
     torch.manual_seed(1)
@@ -73,7 +73,8 @@ def test_a_part_equals_the_one_that_it_replaces(monkeypatch, package, name, B, T
         monkeypatch.setattr(module(package, "engine.fast"), "SLOW_IN_16_BITS", slow)
         for dtype, form in ((dtype, form) for dtype in (torch.float32, torch.bfloat16) for form in forms):
             plain, fast, inputs = plain.to(dtype), fast.to(dtype), inputs_of(package, name, dtype, B, T, padding)
-            plain.absorb = fast.absorb = form
+            for part in (plain, fast):
+                force_form(part, form)
             with torch.inference_mode():
                 assert_equal(fast, plain, inputs)
             assert_equal(fast, plain, inputs)

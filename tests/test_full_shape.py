@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.packages import PACKAGES, module
+from tests.packages import PACKAGES, force_form, module
 from tests.seeded import FAR, FULL, write_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -47,7 +47,7 @@ def test_latent_attention_at_positions_beyond_the_original_context(full_shape):
     model.model.rotary_emb = lambda positions, dtype: rotary(far[positions], dtype)
     for absorb in (False, True):
         for layer in model.model.layers:
-            layer.self_attn.absorb = absorb
+            force_form(layer.self_attn, absorb)
         cache = module(package, "generate").new_cache(model, len(FAR))
         with torch.inference_mode():
             whole = model(ids)[0]

@@ -28,9 +28,8 @@ DOORS = {
         "templates": {"choose_format"},
         "vocabulary": {"open_vocabulary", "take_apart", "with_words"},
     },
-    "config": {  # the refusals, and the types of fields
+    "config": {  # the refusals
         "supported": {"read_supported"},
-        "fields": {"DTYPES"},
     },
     "weights": {
         "prepare": {"read_checkpoint", "prepare", "check_plain"},  # swaps parts for faster or smaller ones

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from ..config import DTYPES
+from .fields import DTYPES
 from .terminal import PACKAGE, is_terminal, note
 
 MAX_NEW_TOKENS = 4096

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..layers import KVCache
 from ..model import Layer, Model
-from .architecture import check_compiled
+from .parts import check_compiled
 
 BLOCK = 256  # slots
 

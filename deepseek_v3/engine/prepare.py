@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config import Config
 from ..layers import Linear
 from ..model import Model
-from .architecture import FASTER, KEPT_IN_FLOAT32, correct, count_parts, stack_experts
+from .parts import FASTER, KEPT_IN_FLOAT32, correct, count_parts, stack_experts
 from .fields import DTYPES, plain
 from .quantized import FORMATS, FP8, QuantizedLinear
 from .safetensors_reader import CheckpointFiles, is_copy
@@ -103,7 +103,7 @@ def prepare(model: Model, files: CheckpointFiles, device: str | torch.device, dt
                     place(module, leaf, read(whole).to(torch.float32 if leaf in KEPT_IN_FLOAT32 else compute))
     model.tie_weights()
     rope = model.model.rotary_emb
-    rope.frequencies = rope.frequencies.to(device)  # once, and not at each forward
+    rope.inv_freq = rope.inv_freq.to(device)  # once, and not at each forward
     return model.eval()
 
 

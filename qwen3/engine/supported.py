@@ -2,17 +2,18 @@
 
 A checkpoint that runs gives the numbers that its authors mean. Everything else ends here, in one sentence that says
 what the folder holds and where to go. Two lists decide: MODELS (by model_type) and CONFIG_OFF (fields of
-config.json). The rest stands in its own files: architectures.py, rope_fields.py, generation_fields.py, quantization.py.
+config.json). The rest stands in architecture_fields.py, rope_fields.py, generation_fields.py and
+quantization_fields.py.
 """
 
 import re
 from collections.abc import Collection
 from pathlib import Path
 
-from .architectures import CHECKS
+from .architecture_fields import CHECKS
 from .fields import Fields, check_off, plain, read_json, short
 from .generation_fields import read_generation
-from .quantization import read_quantization
+from .quantization_fields import read_quantization
 from .rope_fields import read_rope
 
 # model_type -> the package that runs it.

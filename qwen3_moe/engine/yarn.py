@@ -22,6 +22,7 @@ def yarn(period: Tensor, theta: float, scaling) -> tuple[Tensor, float]:
     N = 2 * len(period)
 
     def pair_that_turns(times: float) -> float:
+        """j, not rounded, with original_max_position_embeddings = times * 2 pi * theta^(2j/N)."""
         return N * math.log(scaling.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
@@ -44,5 +45,8 @@ def yarn(period: Tensor, theta: float, scaling) -> tuple[Tensor, float]:
 
 
 def mscale(factor: float, m: float) -> float:
-    """YaRN's factor on queries and on keys, so squared in the scores: more keys would flatten the softmax (eq. 22)."""
+    """YaRN's factor on queries and on keys, so squared in the scores (eq. 22).
+
+    More keys flatten the softmax; a factor above 1 sharpens it again.
+    """
     return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0

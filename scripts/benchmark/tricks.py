@@ -46,11 +46,11 @@ def heads_apart(package: str) -> None:
         seen = None if q.shape[2] == 1 and mask.ndim == 2 else mask  # the last query of the causal rule sees all
         return F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)
 
-    engine(package, "architecture").fused_sdpa = unfolded
+    engine(package, "parts").fused_sdpa = unfolded
 
 
 def reference_attention(package: str) -> None:
-    faster = engine(package, "architecture").FASTER
+    faster = engine(package, "parts").FASTER
     del faster[next(part for part in faster if part.__name__ == "Attention")]
 
 
@@ -76,8 +76,8 @@ def expanded(package: str) -> None:
 
 
 def latents_as_heads(package: str) -> None:
-    architecture = engine(package, "architecture")
-    architecture.attention_on_latents = architecture.fused_sdpa
+    parts = engine(package, "parts")
+    parts.attention_on_latents = parts.fused_sdpa
 
 
 TRICKS = {

@@ -11,14 +11,15 @@ import torch
 
 from deepseek_v3 import mla
 from deepseek_v3.config import Config, Yarn
-from deepseek_v3.engine import architecture
-from deepseek_v3.engine.architecture import FusedAttention
+from deepseek_v3.engine import parts
+from deepseek_v3.engine.parts import FusedAttention
 from deepseek_v3.engine.fast import fused_sdpa
 from deepseek_v3.engine.sizes import cache_bytes_per_token
 from deepseek_v3.generate import new_cache
 from deepseek_v3.layers import KVCache, RotaryEmbedding, attention_mask, deinterleave, inverse_frequencies, rotate
 from deepseek_v3.mla import Attention, softmax_scale
 from deepseek_v3.weights import load_model
+from tests.packages import force_form
 from tests.seeded import DEEPSEEK_V3_CASES, LONG_PROMPT, deepseek_v3_config, write_case
 
 HERE = Path(__file__).parent
@@ -72,7 +73,7 @@ def test_each_form_is_the_papers_equations(tmp_path, part, absorb):
     attention, x = part(config, 0), torch.randn(1, 7, 40)
     for weight in attention.parameters():
         weight.data = torch.randn(weight.shape) * (0.3 if weight.ndim == 2 else 1)
-    attention.absorb = absorb
+    force_form(attention, absorb)
     cos, sin = RotaryEmbedding(config)(torch.arange(7)[None], torch.float32)
     with torch.no_grad():
         out = attention(x, cos, sin, attention_mask(0, 7, None, torch.device("cpu")), None)[0]
@@ -93,7 +94,7 @@ def test_absorbed_and_expanded_give_the_same_in_the_lesson_and_in_the_engine(tmp
             forms = []
             for model, absorb in itertools.product((fast, plain), (False, True)):
                 part = model.model.layers[layer]
-                part.self_attn.absorb = absorb
+                force_form(part.self_attn, absorb)
                 with torch.inference_mode():
                     forms.append(part.self_attn(part.input_layernorm(rows), cos, sin, mask, None).float())
             assert type(plain.model.layers[layer].self_attn) is Attention
@@ -110,7 +111,7 @@ def test_a_cache_gives_what_a_whole_forward_gives(tmp_path, name, engine):
     for absorb, padding in itertools.product((False, True, None), (None, [0, 5], [5])):
         ids = torch.tensor([[0] * n + LONG_PROMPT[:40 - n] for n in padding or [0]])
         for layer in model.model.layers:
-            layer.self_attn.absorb = absorb
+            force_form(layer.self_attn, absorb)
         for cuts in ([7, 8, 9, 30], [1, 2, 3], [39]):
             cache = new_cache(model, 40, padding)
             with torch.inference_mode():
@@ -153,7 +154,7 @@ def operations(T: int, S: int, N: int, P: int, M: int, R: int) -> tuple[int, int
 def test_the_form_with_fewer_operations_is_taken(tmp_path, name):
     attention = Attention.__new__(Attention)
     attention.qk_nope_head_dim, attention.qk_rope_head_dim = 128, 64
-    attention.v_head_dim, attention.kv_lora_rank, attention.absorb = 128, 512, None
+    attention.v_head_dim, attention.kv_lora_rank = 128, 512
     for T, S in itertools.product((1, 2, 16, 100, 170, 171, 512, 4096), repeat=2):
         if T <= S:
             expanded, absorbed = operations(T, S, 128, 64, 128, 512)
@@ -282,7 +283,7 @@ def test_attention_on_latents_is_the_reference_implementation(B, T, padding, dty
 
 @pytest.mark.parametrize("device, form", [("mps", "reference"), ("cpu", "fused"), ("cuda", "fused")])
 def test_which_form_is_used_where(monkeypatch, device, form):
-    monkeypatch.setattr(architecture, "fused_sdpa", lambda *_: "fused")
+    monkeypatch.setattr(parts, "fused_sdpa", lambda *_: "fused")
     monkeypatch.setattr(Attention, "sdpa", lambda *_: "reference")
     q = type("OnAnotherDevice", (), {"device": torch.device(device), "shape": (2, 3, 1, 4), "__len__": lambda _: 2})()
     assert fused_attention(0.3).sdpa(q, torch.zeros(2, 3, 5, 4), None, None) == form

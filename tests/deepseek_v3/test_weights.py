@@ -11,6 +11,7 @@ from deepseek_v3.generate import generate
 from deepseek_v3.speculative import Acceptance
 from deepseek_v3.weights import bytes_in_memory, check_memory, load_model
 from tests.qwen3.test_weights import FP8, quantise
+from tests.packages import force_form
 from tests.seeded import PROMPT, deepseek_v3_config, deepseek_v3_shapes, seeded_tensor, write_case, write_checkpoint
 
 
@@ -40,7 +41,7 @@ def test_fp8_gives_the_tokens_of_the_expanded_weights_in_both_forms_of_attention
     for absorb in (False, True, None):
         for model in (kept, expanded):
             for layer in model.model.layers:
-                layer.self_attn.absorb = absorb
+                force_form(layer.self_attn, absorb)
         with torch.inference_mode():
             assert torch.equal(kept(ids), expanded(ids))
             drafts = [model.mtp(ids[:, 1:], model.model(ids)[:, :-1]) for model in (kept, expanded)]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from qwen3.config import Config
-from qwen3.engine import architecture
-from qwen3.engine.architecture import FusedAttention
+from qwen3.engine import parts
+from qwen3.engine.parts import FusedAttention
 from qwen3.layers import Attention, attention_mask
 from qwen3.model import Model
 from tests.packages import with_engine
@@ -73,7 +73,7 @@ def test_a_model_with_reference_attention_gives_the_same_logits(dtype, tolerance
 @pytest.mark.parametrize("T", [1, 3])
 def test_keys_and_values_are_never_repeated(monkeypatch, T):
     for form, owner, name in ((Model(CONFIG), Attention, "sdpa"),
-                              (with_engine("qwen3", Model(CONFIG)), architecture, "fused_sdpa")):
+                              (with_engine("qwen3", Model(CONFIG)), parts, "fused_sdpa")):
         shapes, sdpa = [], getattr(owner, name)
 
         def spy(*arguments, sdpa=sdpa):
@@ -88,6 +88,6 @@ def test_keys_and_values_are_never_repeated(monkeypatch, T):
 @pytest.mark.parametrize("device, form", [("mps", "reference"), ("cpu", "fused"), ("cuda", "fused")])
 def test_which_form_is_used_where(monkeypatch, device, form):
     monkeypatch.setattr(Attention, "sdpa", lambda *_: "reference")
-    monkeypatch.setattr(architecture, "fused_sdpa", lambda *_: "fused")
+    monkeypatch.setattr(parts, "fused_sdpa", lambda *_: "fused")
     q = type("OnAnotherDevice", (), {"device": torch.device(device)})()
     assert FusedAttention(CONFIG, 0).sdpa(q, None, None, None) == form

@@ -58,7 +58,7 @@ def test_angles_of_rope_are_never_rounded():
     """Their cosines are. As a bfloat16, position 30,001 would be 29,952."""
     rope = RotaryEmbedding(CONFIG)
     cos, _ = rope(torch.tensor([[30_001]]), torch.bfloat16)
-    assert rope.frequencies.dtype == torch.float32 and cos.dtype == torch.bfloat16
+    assert rope.inv_freq.dtype == torch.float32 and cos.dtype == torch.bfloat16
     assert torch.equal(cos[0, 0, 0], torch.cos(30_001 * inverse_frequencies(CONFIG)[0]).bfloat16())
 
 

@@ -1,4 +1,7 @@
-"""What the engine has to know of this package's architecture; its other files know nothing of it."""
+"""Which part of the lesson is swapped for which, and what else the engine has to know of this architecture.
+
+The other files of the engine know nothing of it.
+"""
 
 import torch
 from torch import Tensor
