@@ -30,7 +30,7 @@ def package(request) -> str:
     return request.param
 
 
-def attempt(package: str, folder: Path) -> bool:
+def attempt(package: str, folder: Path, engine: bool = True) -> bool:
     """Whether the checkpoint runs; a refusal must be one short sentence."""
     try:
         with warnings.catch_warnings():
@@ -39,7 +39,7 @@ def attempt(package: str, folder: Path) -> bool:
             tokenizer.decode(tokenizer.encode("Hello <|im_end|>"))
             if tokenizer.thinking is not None:
                 tokenizer.chat([{"role": "user", "content": "Hi"}])
-            model = module(package, "weights").load_model(folder)
+            model = module(package, "weights").load_model(folder, engine=engine)
             assert not any(p.is_meta for p in model.parameters())
             list(module(package, "generate").generate(model, [1, 2, 3], max_new_tokens=2))
         return True
@@ -158,7 +158,7 @@ def run(package: str, folder: Path, count: int, seed: int) -> int:
             changed = mutate_text(data, chance)
         (start / name).write_bytes(changed)
         try:
-            if attempt(package, start):
+            if attempt(package, start, engine=i // 3 % 2 == 0):  # the lesson alone refuses as well
                 loaded += 1
                 assert library_reads(start)
         except BaseException:
