@@ -1,4 +1,4 @@
-"""The lesson without the engine: load_model(engine=False) and --plain run a package's own files and nothing else.
+"""The lesson without the engine's parts: load_model(engine=False) and --plain.
 
 That it gives the logits of transformers and the tokens of the engine stands in test_model.py.
 """
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.packages import PACKAGES, module, runs_engine
 from tests.qwen3.test_weights import FP8, quantise
+from tests.seeded import CONFIGS, write_checkpoint
 from tests.test_generate import PROMPT, PROMPTS, made, slowly
 
 HERE = Path(__file__).parent
@@ -40,6 +41,21 @@ def test_it_is_loaded_in_other_types_as_the_engine_does(package, dtype):
     for (name, ours), theirs in zip(plain.named_parameters(), fast.parameters(), strict=True):
         assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype, name
         assert ours.requires_grad == theirs.requires_grad, name
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_tables_and_a_second_copy_of_a_tied_head_are_passed_over(tmp_path, package):
+    """As in Moonlight's files (inv_freq) and in those of Qwen3-0.6B (lm_head)."""
+    load = module(package, "weights").load_model
+    folder = write_checkpoint(tmp_path, CONFIGS[package](tie_word_embeddings=True))
+    expected, tensors = load(folder, engine=False)(torch.tensor([PROMPT])), load_file(folder / "model.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(9)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    model = load(folder, engine=False)
+    assert torch.equal(model(torch.tensor([PROMPT])), expected)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 # The command line
