@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.packages import PACKAGES, module, runs_engine
 from tests.qwen3.test_weights import FP8, quantise
-from tests.seeded import CONFIGS, write_checkpoint
+from tests.seeded import deepseek_v3_config, qwen3_config, qwen3_moe_config, write_checkpoint
 from tests.test_generate import PROMPT, PROMPTS, made, slowly
 
 HERE = Path(__file__).parent
+CONFIGS = {"qwen3": qwen3_config, "qwen3_moe": qwen3_moe_config, "deepseek_v3": deepseek_v3_config}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
