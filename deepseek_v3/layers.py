@@ -56,7 +56,7 @@ class Linear(nn.Module):
         return x @ self.weight.T
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """W itself, for parts that need more than x W^T. A layer that stores W in fewer bits computes it, in `dtype`."""
+        """W itself, for parts that need more than x W^T. A layer that stores fewer bits computes it, in `dtype`."""
         return self.weight
 
 
