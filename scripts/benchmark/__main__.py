@@ -41,6 +41,9 @@ def main(words: list[str] | None = None) -> int:
 
         measure(arguments)
         return 0
+    except ModuleNotFoundError as error:
+        print(f"benchmark: {error}; `uv run python -m scripts.benchmark` installs what it needs", file=sys.stderr)
+        return 2
     except (ValueError, OSError, RuntimeError) as error:
         sentence, *_ = str(error).strip().splitlines() or [type(error).__name__]
         print(f"benchmark: {sentence[:280]}", file=sys.stderr)

@@ -26,16 +26,19 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> int:
     arguments = parse(words)
-    from .evaluate import evaluate  # after parse, so that --help does not wait for torch
-    from .training import make
-
     folder = arguments.output or ROOT / "checkpoints" / KINDS[arguments.package][0]
     try:
+        from .evaluate import evaluate  # after parse, so that --help does not wait for torch
+        from .training import make
+
         if not arguments.evaluate_only:
             make(arguments.package, folder, arguments.steps)
         for what, right in evaluate(arguments.package, folder).items():
             print(f"{right:7.2%}  {what}")
         return 0
+    except ModuleNotFoundError as error:
+        print(f"train: {error}; `uv run python -m scripts.train` installs what it needs", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:  # such as --evaluate-only without a checkpoint
         print(f"train: {error}", file=sys.stderr)
         return 2
