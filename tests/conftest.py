@@ -1,11 +1,18 @@
-"""For all tests."""
+"""For all tests: how they are shown, and which are begun ahead."""
 
 import os
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from tests.cases import changed_models
+
 # Tests start processes that import torch; where its bytecode may not be kept, each compiles it for five seconds.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+AHEAD: dict[str, Future] = {}  # id of a test -> its run in a thread
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -13,3 +20,46 @@ def pytest_configure(config) -> None:
     """Dots, as with -q, unless more is asked for. In addopts, -q would take one -v back."""
     if config.option.verbose == 0:
         config.option.verbose = -1
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session):
+    """Begin the tests that are marked `ahead` in a thread, one after the other.
+
+    They wait for processes of their own, which take a second each to import torch; meanwhile other tests run.
+    """
+    if session.config.option.collectonly:
+        return (yield)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
+        try:
+            for number, item in enumerate(session.items):
+                if item.get_closest_marker("ahead"):
+                    AHEAD[item.nodeid] = pool.submit(item.obj, **arguments(item, Path(folder, str(number))))
+            return (yield)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def arguments(item: pytest.Function, folder: Path) -> dict:
+    """Parameters and tmp_path; fixtures belong to the main thread."""
+    given = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+    if "tmp_path" in item.fixturenames:
+        folder.mkdir()
+        given["tmp_path"] = folder
+    return given
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem) -> bool | None:
+    """Of a test that was begun ahead: wait for its end, and fail where it failed."""
+    begun = AHEAD.get(pyfuncitem.nodeid)
+    if begun is None or begun.cancel():  # not begun yet: run it here
+        return None
+    begun.result()
+    return True
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_models_stay_as_they_are():
+    yield
+    assert changed_models() == [], "models of tests/cases.py are shared: load one that is changed by itself"
