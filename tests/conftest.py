@@ -1,13 +1,14 @@
 """For all tests: how they are shown, and which are begun ahead."""
 
+import contextlib
+import inspect
 import os
+import sys
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
-from tests.cases import changed_models
 
 # Tests start processes that import torch; where its bytecode may not be kept, each compiles it for five seconds.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -34,19 +35,23 @@ def pytest_runtestloop(session):
         try:
             for number, item in enumerate(session.items):
                 if item.get_closest_marker("ahead"):
-                    AHEAD[item.nodeid] = pool.submit(item.obj, **arguments(item, Path(folder, str(number))))
+                    AHEAD[item.nodeid] = pool.submit(run, item, Path(folder, str(number)))
             return (yield)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def arguments(item: pytest.Function, folder: Path) -> dict:
-    """Parameters and tmp_path; fixtures belong to the main thread."""
+def run(item: pytest.Function, tmp_path: Path) -> None:
+    """With its parameters and tmp_path. Fixtures belong to the main thread: instead, `ahead(name=make)` has
+    make(tmp_path), a context."""
+    tmp_path.mkdir()
     given = dict(item.callspec.params) if hasattr(item, "callspec") else {}
-    if "tmp_path" in item.fixturenames:
-        folder.mkdir()
-        given["tmp_path"] = folder
-    return given
+    if "tmp_path" in inspect.signature(item.obj).parameters:
+        given["tmp_path"] = tmp_path
+    with contextlib.ExitStack() as stack:
+        for name, make in item.get_closest_marker("ahead").kwargs.items():
+            given[name] = stack.enter_context(make(tmp_path))
+        item.obj(**given)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -62,4 +67,5 @@ def pytest_pyfunc_call(pyfuncitem) -> bool | None:
 @pytest.fixture(scope="module", autouse=True)
 def shared_models_stay_as_they_are():
     yield
-    assert changed_models() == [], "models of tests/cases.py are shared: load one that is changed by itself"
+    if cases := sys.modules.get("tests.cases"):  # which imports torch: only where a test has wanted it
+        assert cases.changed_models() == [], "models of tests/cases.py are shared: load one that is changed by itself"

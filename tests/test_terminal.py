@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -258,75 +258,85 @@ class Terminal:
 
 
 @contextlib.contextmanager
-def at_terminal(*arguments, **variables) -> Iterator[Terminal]:
-    screen = Terminal(*arguments, **variables)
-    try:
-        yield screen
-    finally:
-        screen.process.kill()
-        screen.process.wait()
-        os.close(screen.ours)
+def terminals(_: Path) -> Iterator[Callable[..., Terminal]]:
+    started = []
+
+    def start(*arguments, **variables) -> Terminal:
+        started.append(Terminal(*arguments, **variables))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.wait()
+        os.close(one.ours)
+
+
+@pytest.fixture
+def at_terminal(tmp_path):
+    with terminals(tmp_path) as start:
+        yield start
 
 
 @unix
-@pytest.mark.ahead
-def test_pasted_lines_are_one_question_and_ctrl_c_clears_a_line():
-    with at_terminal() as screen:
-        screen.type(b"one\n", b"[one]")
-        # As terminals without bracketed paste do it.
-        screen.type(b"def f(x):\n    return x\n\nf(1)\n", b"[def f(x):|    return x||f(1)]")
-        screen.type(b"\033[200~a\rb\rc\033[201~\r", b"[a|b|c]")
-        screen.type(b"one\n/clear\n", b"[/clear]")  # typed ahead: a command is not part of a question
-        screen.type(b"a line that is longer than forty columns, and goes on\n",
-                    b"[a line that is longer than forty columns")
-        screen.type(b"half", b"half")
-        screen.type(b"\x03", b"> ")
-        screen.type(b"whole\n", b"[whole]")
-        screen.type(b"half", b"half")
-        screen.type(b"\x03", b"> ")
-        time.sleep(0.2)
-        os.write(screen.ours, b"\x03")
-        assert screen.process.wait(timeout=60) == -signal.SIGINT or screen.process.returncode in (1, 130)
+@pytest.mark.ahead(at_terminal=terminals)
+def test_pasted_lines_are_one_question_and_ctrl_c_clears_a_line(at_terminal):
+    screen = at_terminal()
+    screen.type(b"one\n", b"[one]")
+    # As terminals without bracketed paste do it.
+    screen.type(b"def f(x):\n    return x\n\nf(1)\n", b"[def f(x):|    return x||f(1)]")
+    screen.type(b"\033[200~a\rb\rc\033[201~\r", b"[a|b|c]")
+    screen.type(b"one\n/clear\n", b"[/clear]")  # typed ahead: a command is not part of a question
+    screen.type(b"a line that is longer than forty columns, and goes on\n",
+                b"[a line that is longer than forty columns")
+    screen.type(b"half", b"half")
+    screen.type(b"\x03", b"> ")
+    screen.type(b"whole\n", b"[whole]")
+    screen.type(b"half", b"half")
+    screen.type(b"\x03", b"> ")
+    time.sleep(0.2)
+    os.write(screen.ours, b"\x03")
+    assert screen.process.wait(timeout=60) == -signal.SIGINT or screen.process.returncode in (1, 130)
 
 
 @unix
-@pytest.mark.ahead
-def test_ctrl_c_a_moment_after_an_answer_does_not_leave():
-    with at_terminal(-9) as screen:  # the answer ended just now, however slow this machine is
-        screen.type(b"one\n", b"[one]")
-        screen.type(b"\x03", b"the answer had ended already; Ctrl-C once more leaves")
-        screen.type(b"two\n", b"[two]")
-        screen.type(b"\x03", b"once more leaves")
-        screen.wait_for(b"> ")
-        time.sleep(0.2)
-        os.write(screen.ours, b"\x03")
-        assert screen.process.wait(timeout=60)
+@pytest.mark.ahead(at_terminal=terminals)
+def test_ctrl_c_a_moment_after_an_answer_does_not_leave(at_terminal):
+    screen = at_terminal(-9)  # the answer ended just now, however slow this machine is
+    screen.type(b"one\n", b"[one]")
+    screen.type(b"\x03", b"the answer had ended already; Ctrl-C once more leaves")
+    screen.type(b"two\n", b"[two]")
+    screen.type(b"\x03", b"once more leaves")
+    screen.wait_for(b"> ")
+    time.sleep(0.2)
+    os.write(screen.ours, b"\x03")
+    assert screen.process.wait(timeout=60)
 
 
 @unix
-@pytest.mark.ahead
-def test_a_dumb_terminal_can_be_typed_at():
-    with at_terminal(TERM="dumb") as screen:
-        assert b"\033" not in screen.shown
-        screen.type(b"a\nb\n", b"[a|b]")
-        assert b"\033" not in screen.shown
+@pytest.mark.ahead(at_terminal=terminals)
+def test_a_dumb_terminal_can_be_typed_at(at_terminal):
+    screen = at_terminal(TERM="dumb")
+    assert b"\033" not in screen.shown
+    screen.type(b"a\nb\n", b"[a|b]")
+    assert b"\033" not in screen.shown
 
 
 @unix
-@pytest.mark.ahead
-def test_a_conversation_at_a_terminal():
+@pytest.mark.ahead(at_terminal=terminals)
+def test_a_conversation_at_a_terminal(at_terminal):
     flags = ["-m", "Qwen3-Tiny", "-d", "cpu", "--chat", "-t", "9", "--seed", "1"]
-    with at_terminal(command=["-m", "qwen3.main", *flags]) as screen:
-        assert b"/help" in screen.shown and b"\rloading tensor 1/57" in screen.shown
-        screen.type(b"Hm\n", b"\033[2m" if b"\033[2m" in screen.shown else b"\n")
-        time.sleep(0.3)
-        screen.type(b"\x03", b"stopped; the question is forgotten")
-        screen.wait_for(b"> ")
-        screen.type(b"/system\n", b"> ")
-        screen.type(b"/clear\n/think\n/nothing\n", b"/nothing is not known")
-        time.sleep(0.5)
-        screen.type(b"half", b"half")
-        screen.type(b"\x03", b"> ")
-        os.write(screen.ours, b"quit\n")
-        screen.wait_for(b"quit")
-        assert screen.process.wait(timeout=60) == 0 and b"Traceback" not in screen.shown
+    screen = at_terminal(command=["-m", "qwen3.main", *flags])
+    assert b"/help" in screen.shown and b"\rloading tensor 1/57" in screen.shown
+    screen.type(b"Hm\n", b"\033[2m" if b"\033[2m" in screen.shown else b"\n")
+    time.sleep(0.3)
+    screen.type(b"\x03", b"stopped; the question is forgotten")
+    screen.wait_for(b"> ")
+    screen.type(b"/system\n", b"> ")
+    screen.type(b"/clear\n/think\n/nothing\n", b"/nothing is not known")
+    time.sleep(0.5)
+    screen.type(b"half", b"half")
+    screen.type(b"\x03", b"> ")
+    os.write(screen.ours, b"quit\n")
+    screen.wait_for(b"quit")
+    assert screen.process.wait(timeout=60) == 0 and b"Traceback" not in screen.shown
