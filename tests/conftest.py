@@ -18,9 +18,13 @@ AHEAD: dict[str, Future] = {}  # id of a test -> its run in a thread
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config) -> None:
-    """Dots, as with -q, unless more is asked for. In addopts, -q would take one -v back."""
-    if config.option.verbose == 0:
+    """Dots and one thread, unless more is asked for."""
+    if config.option.verbose == 0:  # in addopts, -q would take one -v back
         config.option.verbose = -1
+    # On models this small threads only wait for one another: ten times as long while tests run ahead on the other
+    # processor. The slow tests' models are large.
+    if config.option.markexpr == "not slow":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.hookimpl(wrapper=True)
