@@ -39,6 +39,7 @@ def test_bytes_are_those_of_the_file(package):
     assert work.bytes_of_a_token(1000) == work.weight_bytes + 1000 * work.cache_bytes
 
 
+@pytest.mark.slow  # counting imports PyTorch's compiler
 @pytest.mark.parametrize("package", PACKAGES)
 def test_operations_are_those_that_pytorch_counts(package):
     work, T = report.Work.of(FOLDERS[package]), 30

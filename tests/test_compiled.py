@@ -134,6 +134,7 @@ def test_a_compiler_reads_chosen_experts_where_they_lie(package):
     assert largest_buffer(experts, x, weights.bfloat16(), topk_ids) <= 3 * 64  # of 3 x 64 x 64
 
 
+@pytest.mark.ahead
 def test_loading_and_generating_plainly_do_not_import_the_compiler(tmp_path):
     """It takes a second, and PyTorch asks for it as soon as random numbers are wanted on the meta device."""
     code = "import sys\n"

@@ -28,21 +28,19 @@ CONFIGS = {"qwen3": qwen3_config(vocab_size=1024), "qwen3_moe": qwen3_moe_config
 pytestmark = pytest.mark.skipif(shutil.which("sh") is None, reason="needs sh")
 
 
-@pytest.fixture(scope="module")
-def published_each(tmp_path_factory) -> dict[str, Path]:
-    """A checkpoint of each package, with files that nobody needs."""
-    folders = {package: tmp_path_factory.mktemp(package) for package in PACKAGES}
-    for package, folder in folders.items():
-        if package == "deepseek_v3":  # tiktoken.model instead of tokenizer.json
-            write_moonlight(folder)
-            write_checkpoint(folder, CONFIGS[package] | {"vocab_size": N + 256, "eos_token_id": N + 2}, torch.bfloat16)
-        else:
-            write_checkpoint(folder, CONFIGS[package], torch.bfloat16)
-            for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-                shutil.copy(TINY / name, folder)
-        (folder / "README.md").write_text("not needed")
-        (folder / "pytorch_model.bin").write_bytes(b"not wanted")
-    return folders
+def publish(folder: Path, package: str) -> Path:
+    """A checkpoint, with files that nobody needs."""
+    folder.mkdir()
+    if package == "deepseek_v3":  # tiktoken.model instead of tokenizer.json
+        write_moonlight(folder)
+        write_checkpoint(folder, CONFIGS[package] | {"vocab_size": N + 256, "eos_token_id": N + 2}, torch.bfloat16)
+    else:
+        write_checkpoint(folder, CONFIGS[package], torch.bfloat16)
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            shutil.copy(TINY / name, folder)
+    (folder / "README.md").write_text("not needed")
+    (folder / "pytorch_model.bin").write_bytes(b"not wanted")
+    return folder
 
 
 def stand_in_for_uv(path: Path, root: Path) -> None:
@@ -55,9 +53,10 @@ def stand_in_for_uv(path: Path, root: Path) -> None:
 class Clone:
     """A fresh clone with a hub of its own; `uv run` is stood in for by this Python, so that no network is asked."""
 
-    def __init__(self, root: Path, published: Path, package: str = "qwen3"):
+    def __init__(self, root: Path, package: str = "qwen3"):
         self.name, self.script = NAMES[package], root / f"scripts/download_{package}.sh"
-        self.root, self.hub = root, Hub(published, f"{OWNERS[package]}/{self.name}")
+        self.root, self.published = root, publish(root / "published", package)
+        self.hub = Hub(self.published, f"{OWNERS[package]}/{self.name}")
         self.folder = root / "checkpoints" / self.name
         shutil.copytree(ROOT / "scripts", root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
         (root / "bin").mkdir()
@@ -65,6 +64,12 @@ class Clone:
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | {
             "PATH": f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}", "HF_ENDPOINT": self.hub.url,
             "HF_HOME": str(root / "home"), "NO_PROXY": "127.0.0.1"}
+
+    def __enter__(self) -> "Clone":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.hub.close()
 
     def start(self, *arguments: str, shell: str = "sh", folder: Path = ROOT) -> subprocess.Popen:
         return subprocess.Popen([shell, str(self.script), *arguments], env=self.environment, cwd=folder, text=True,
@@ -80,31 +85,33 @@ class Clone:
 
 
 @pytest.fixture
-def clone(tmp_path, published_each):
-    clone = Clone(tmp_path, published_each["qwen3"])
-    yield clone
-    clone.hub.close()
+def clone(tmp_path):
+    with Clone(tmp_path) as clone:
+        yield clone
+
+
+ahead = pytest.mark.ahead(clone=Clone)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_whole_download_is_loaded_and_run(tmp_path, published_each, package):
-    published = published_each[package]
-    clone = Clone(tmp_path, published, package)
+def test_a_whole_download_is_loaded_and_run(tmp_path, package):
+    clone = Clone(tmp_path, package)
     code, out, err = clone.run(shell="bash" if package == "qwen3" else "sh", folder=clone.root)
     assert code == 0, err
     assert out == f"uv run python -m {package}.main -m {clone.name}\n"
     assert "setting up first" in err and "running it takes about" in err
-    wanted = {".verified.json", *os.listdir(published)} - {"README.md", "pytorch_model.bin"}
+    wanted = {".verified.json", *os.listdir(clone.published)} - {"README.md", "pytorch_model.bin"}
     assert sorted(os.listdir(clone.folder)) == sorted(wanted)
     assert all(COMMIT in path for _, path, *_ in clone.hub.log if "/resolve/" in path)
     load_model, generate = module(package, "weights").load_model, module(package, "generate").generate
     tokenizer = module(package, "tokenizer").Tokenizer.from_checkpoint(clone.folder)
     prompt = tokenizer.chat([{"role": "user", "content": "Hello!"}])
-    model, same = load_model(clone.folder), load_model(published)
+    model, same = load_model(clone.folder), load_model(clone.published)
     assert list(generate(model, prompt, max_new_tokens=3)) == list(generate(same, prompt, max_new_tokens=3))
     clone.hub.close()
 
 
+@ahead
 def test_the_command_that_is_printed_is_right_in_every_folder(clone, tmp_path):
     (elsewhere := tmp_path / "else where").mkdir()
     (clone.root / ".venv").mkdir()
@@ -115,7 +122,8 @@ def test_the_command_that_is_printed_is_right_in_every_folder(clone, tmp_path):
     assert words[4:] == ["python", "-m", "qwen3.main", "-m", "Qwen3-0.6B"]
 
 
-def test_ctrl_c_in_the_middle_and_the_second_time_only_the_rest_is_sent(clone, published_each):
+@ahead
+def test_ctrl_c_in_the_middle_and_the_second_time_only_the_rest_is_sent(clone):
     clone.hub.stall_after = 50_000
     process = clone.start()
     assert clone.hub.stalled.wait(60)
@@ -134,12 +142,14 @@ def test_ctrl_c_in_the_middle_and_the_second_time_only_the_rest_is_sent(clone, p
     assert clone.run()[0] == 0
     (wanted,) = [wanted for _, path, wanted, _ in clone.hub.log if path.endswith("model.safetensors")]
     assert int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) >= 10_000
-    published = published_each["qwen3"] / "model.safetensors"
+    published = clone.published / "model.safetensors"
     assert (clone.folder / "model.safetensors").read_bytes() == published.read_bytes()
 
 
-def test_killed_at_random_moments_nothing_wrong_has_a_final_name(clone, published_each, tmp_path):
-    (published := tmp_path / "published").mkdir()
+@ahead
+@pytest.mark.parametrize("times", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_nothing_wrong_has_a_final_name(clone, tmp_path, times):
+    (published := tmp_path / "random").mkdir()
     made = random.Random(0)
     for name in (*(f"model-{i}-of-3.safetensors" for i in (1, 2, 3)), "tokenizer.json", "config.json"):
         (published / name).write_bytes(made.randbytes(1000 if name == "config.json" else 300_000))
@@ -147,7 +157,7 @@ def test_killed_at_random_moments_nothing_wrong_has_a_final_name(clone, publishe
     clone.hub = Hub(published, "Qwen/Qwen3-0.6B")
     clone.environment["HF_ENDPOINT"] = clone.hub.url
     clone.hub.speed, before = 200_000, 0
-    for _ in range(4):
+    for _ in range(times):
         process = clone.start()
         deadline = time.monotonic() + 30
         while not clone.hub.log and time.monotonic() < deadline:  # it has begun
@@ -169,6 +179,7 @@ def test_killed_at_random_moments_nothing_wrong_has_a_final_name(clone, publishe
     assert all((clone.folder / path.name).read_bytes() == path.read_bytes() for path in published.iterdir())
 
 
+@ahead
 def test_two_at_the_same_time(clone):
     clone.hub.stall_after = 50_000
     first = clone.start()
@@ -183,19 +194,21 @@ def test_two_at_the_same_time(clone):
     assert clone.run()[0] == 0  # a killed one leaves no lock
 
 
+@ahead
 def test_a_reader_of_the_list_may_leave_and_standard_error_may_be_closed(clone):
     command = f'set -o pipefail; sh "{clone.script}" --list 2>/dev/null | true; sh "{clone.script}" --nonsense 2>&-'
     done = subprocess.run(["bash", "-c", command], env=clone.environment, capture_output=True, text=True)
     assert done.stderr == done.stdout == "" and done.returncode == 2
 
 
+@ahead
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize("terminal", ["xterm", "dumb"])
 def test_one_line_of_progress_on_a_terminal(clone, terminal):
     import pty
     controller, handle = pty.openpty()
     clone.environment |= {"TERM": terminal, "NO_COLOR": "1", "COLUMNS": "60"}
-    clone.hub.speed = 250_000
+    clone.hub.speed = 500_000
     process = subprocess.Popen(["sh", str(clone.script)], env=clone.environment, stdout=subprocess.DEVNULL,
                                stderr=handle)
     os.close(handle)
@@ -218,6 +231,7 @@ def test_the_scripts_are_one_but_for_names():
     assert common("qwen3") == common("qwen3_moe") == common("deepseek_v3") and len(common("qwen3")) == 2
 
 
+@ahead
 def test_without_uv(clone):
     (clone.root / "bin/uv").unlink()
     for name in ("dirname", "sh"):

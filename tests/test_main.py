@@ -331,6 +331,7 @@ def test_memory_that_runs_out_in_an_answer_is_one_sentence(package, monkeypatch,
         "checkpoint or another device\n")
 
 
+@pytest.mark.ahead
 def test_pytest_shows_names_when_it_is_asked():
     test = "tests/test_readmes.py::test_something_is_tested"
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.cases import case_folder, loaded
 from tests.packages import PACKAGES, module, runs_engine
 from tests.seeded import CASES, LONG_PROMPT, PROMPT, write_case
 
@@ -21,34 +22,28 @@ EVERY = [(package, name, length) for package in PACKAGES for name in CASES[packa
 PLAIN = {"qwen3": "grouped", "qwen3_moe": "two_of_eight", "deepseek_v3": "yarn"}
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, dict[str, Path]]:
-    root = tmp_path_factory.mktemp("cases")
-    return {package: {name: write_case(root / package / name, package, name) for name in CASES[package]}
-            for package in PACKAGES}
+def load(package: str, folder: Path, engine: bool = True) -> torch.nn.Module:
+    """One of its own, for a test that changes it or the code."""
+    return module(package, "weights").load_model(folder, engine=engine)
 
 
-def load(package: str, folder: Path, dtype: str | None = None, engine: bool = True) -> torch.nn.Module:
-    return module(package, "weights").load_model(folder, dtype=dtype, engine=engine)
-
-
-def logits_of(package: str, folder: Path, dtype: str, prompt: list[int]) -> torch.Tensor:
+def logits_of(package: str, name: str, dtype: str, prompt: list[int]) -> torch.Tensor:
     with torch.inference_mode():
-        return load(package, folder, dtype)(torch.tensor([prompt]))[0, -len(PROMPT):].float()
+        return loaded(package, name, dtype)(torch.tensor([prompt]))[0, -len(PROMPT):].float()
 
 
 @pytest.mark.parametrize("package, name, length", EVERY)
-def test_float32_logits_are_those_of_transformers(folders, package, name, length):
+def test_float32_logits_are_those_of_transformers(package, name, length):
     expected = LOGITS[package][f"{name}.{length}.float32"]
-    ours = logits_of(package, folders[package][name], "float32", PROMPTS[length])
+    ours = logits_of(package, name, "float32", PROMPTS[length])
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("package, name", [(package, name) for package in PACKAGES for name in CASES[package]])
-def test_the_lesson_alone_gives_the_same_logits_and_the_tokens_of_the_engine(folders, package, name):
+def test_the_lesson_alone_gives_the_same_logits_and_the_tokens_of_the_engine(package, name):
     """Whole prompts, prompts of which a cache holds the beginning, and a batch."""
-    generate, folder = module(package, "generate"), folders[package][name]
-    plain, fast = load(package, folder, engine=False), load(package, folder)
+    generate = module(package, "generate")
+    plain, fast = loaded(package, name, engine=False), loaded(package, name, "float32")
     assert not runs_engine(plain) and runs_engine(fast)
     request = dict(max_new_tokens=4)
     for length, prompt in PROMPTS.items():
@@ -65,22 +60,22 @@ def test_the_lesson_alone_gives_the_same_logits_and_the_tokens_of_the_engine(fol
 
 
 @pytest.mark.parametrize("package, name, length", [every for every in EVERY if every[0] != "deepseek_v3"])
-def test_bfloat16_logits_are_as_close_to_the_truth_as_those_of_transformers(folders, package, name, length):
+def test_bfloat16_logits_are_as_close_to_the_truth_as_those_of_transformers(package, name, length):
     """Two bfloat16 programs round differently, so both are measured against float32."""
-    ours, theirs = bfloat16_errors(folders, package, name, length)
+    ours, theirs = bfloat16_errors(package, name, length)
     assert ours.square().mean() <= 1.25**2 * theirs.square().mean()
 
 
-def bfloat16_errors(folders, package: str, name: str, length: str) -> tuple[torch.Tensor, torch.Tensor]:
+def bfloat16_errors(package: str, name: str, length: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(Ours, those of transformers), logit by logit."""
     truth, theirs = LOGITS[package][f"{name}.{length}.float32"], LOGITS[package][f"{name}.{length}.bfloat16"].float()
-    return logits_of(package, folders[package][name], "bfloat16", PROMPTS[length]) - truth, theirs - truth
+    return logits_of(package, name, "bfloat16", PROMPTS[length]) - truth, theirs - truth
 
 
-def test_bfloat16_logits_of_all_cases_together_are_as_close_where_rounding_moves_tokens_to_other_experts(folders):
+def test_bfloat16_logits_of_all_cases_together_are_as_close_where_rounding_moves_tokens_to_other_experts():
     """Experts chosen by groups: one rounding may send a token elsewhere, and a single case says little."""
     package = "deepseek_v3"
-    every = [bfloat16_errors(folders, package, name, length) for name in CASES[package] for length in PROMPTS]
+    every = [bfloat16_errors(package, name, length) for name in CASES[package] for length in PROMPTS]
     ours, theirs = (torch.cat([pair[i] for pair in every]) for i in range(2))
     assert ours.square().mean() <= 1.1**2 * theirs.square().mean()
     assert ours.abs().median() <= 1.1 * theirs.abs().median()
@@ -88,19 +83,19 @@ def test_bfloat16_logits_of_all_cases_together_are_as_close_where_rounding_moves
 
 @pytest.mark.parametrize("package, name, length, dtype", [
     (*case, dtype) for case in EVERY for dtype in ("float32", "bfloat16") if dtype == "float32" or case[0] == "qwen3"])
-def test_greedy_tokens_are_those_of_transformers(folders, package, name, length, dtype):
+def test_greedy_tokens_are_those_of_transformers(package, name, length, dtype):
     tokens = SMALL[package]["cases"][name][f"{length}.{dtype}"]  # up to where two logits come within rounding
-    model = load(package, folders[package][name], dtype)
+    model = loaded(package, name, dtype)
     assert list(module(package, "generate").generate(model, PROMPTS[length], max_new_tokens=len(tokens))) == tokens
 
 
 @pytest.mark.parametrize("package, share", [("qwen3_moe", 0.9), ("deepseek_v3", 0.8)])
-def test_greedy_tokens_in_bfloat16_of_all_cases_together_are_those_of_transformers(folders, package, share):
+def test_greedy_tokens_in_bfloat16_of_all_cases_together_are_those_of_transformers(package, share):
     """One rounding may send a token to other experts. On another processor transformers departs from itself."""
     same = all_ = 0
     for name, length in itertools.product(CASES[package], PROMPTS):
         tokens = SMALL[package]["cases"][name][f"{length}.bfloat16"]
-        model = load(package, folders[package][name], "bfloat16")
+        model = loaded(package, name, "bfloat16")
         ours = module(package, "generate").generate(model, PROMPTS[length], max_new_tokens=len(tokens))
         same += sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, tokens)))
         all_ += len(tokens)
@@ -115,15 +110,15 @@ def test_the_reference_has_tokens_to_compare(package):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_the_newer_config_gives_the_same_model(folders, tmp_path, package):
+def test_the_newer_config_gives_the_same_model(tmp_path, package):
     changed = write_case(tmp_path, package, "yarn")
     (changed / "config.json").write_text(json.dumps(SMALL[package]["config_of_transformers"]))
     ids = torch.tensor([PROMPT])
-    assert torch.equal(load(package, changed)(ids), load(package, folders[package]["yarn"])(ids))
+    assert torch.equal(load(package, changed)(ids), loaded(package, "yarn", "float32")(ids))
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_the_wrong_pairing_of_rope_is_noticed(folders, monkeypatch, package):
+def test_the_wrong_pairing_of_rope_is_noticed(monkeypatch, package):
     def interleaved(x, cos, sin):
         x1, x2 = x[..., 0::2], x[..., 1::2]
         return torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).flatten(-2)
@@ -133,13 +128,13 @@ def test_the_wrong_pairing_of_rope_is_noticed(folders, monkeypatch, package):
     else:
         monkeypatch.setattr(module(package, "layers"), "rotate", interleaved)
     expected = LOGITS[package][f"{PLAIN[package]}.short.float32"]
-    logits = load(package, folders[package][PLAIN[package]])(torch.tensor([PROMPT]))[0]
+    logits = load(package, case_folder(package, PLAIN[package]))(torch.tensor([PROMPT]))[0]
     assert (logits - expected).abs().max() > 0.1 * expected.abs().max()
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_forward_without_cache_is_causal(folders, package):
-    model = load(package, folders[package][PLAIN[package]])
+def test_a_forward_without_cache_is_causal(package):
+    model = loaded(package, PLAIN[package], "float32")
     ids = torch.tensor([PROMPT, PROMPT[:6] + [1] * 6])
     logits = model(ids)
     assert torch.allclose(logits[0, :6], logits[1, :6], atol=1e-5)
@@ -149,8 +144,8 @@ def test_a_forward_without_cache_is_causal(folders, package):
 @pytest.mark.parametrize("package, name", [
     ("qwen3", "grouped"), ("qwen3", "one_key_head_untied"), ("qwen3_moe", "two_of_eight"),
     ("qwen3_moe", "shared_expert"), ("deepseek_v3", "yarn"), ("deepseek_v3", "moonlight")])
-def test_gradients_reach_every_parameter_and_are_right(folders, package, name):
-    model = load(package, folders[package][name]).double()
+def test_gradients_reach_every_parameter_and_are_right(package, name):
+    model = load(package, case_folder(package, name)).double()
     ids = torch.tensor([PROMPT, PROMPT[::-1]])
 
     def loss() -> torch.Tensor:
@@ -181,10 +176,10 @@ def test_gradients_reach_every_parameter_and_are_right(folders, package, name):
 @pytest.mark.parametrize("length", PROMPTS)
 @pytest.mark.parametrize("name", [name for name, changes in CASES["deepseek_v3"].items()
                                   if changes.get("num_nextn_predict_layers", 1)])
-def test_logits_of_the_second_token_are_those_of_the_reference_put_together(folders, name, length):
+def test_logits_of_the_second_token_are_those_of_the_reference_put_together(name, length):
     """transformers' own layers, joined by scripts/make_reference.py; the released order of embedding and state."""
     expected = LOGITS["deepseek_v3"][f"{name}.{length}.float32.second"]
-    model, ids = load("deepseek_v3", folders["deepseek_v3"][name]), torch.tensor([PROMPTS[length]])
+    model, ids = loaded("deepseek_v3", name, "float32"), torch.tensor([PROMPTS[length]])
     with torch.inference_mode():
         logits = model.mtp(ids[:, 1:], model.model(ids)[:, :-1])
     assert logits.shape == (1, len(PROMPTS[length]) - 1, 131)
@@ -192,9 +187,9 @@ def test_logits_of_the_second_token_are_those_of_the_reference_put_together(fold
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_gradients_work_after_generating(folders, package):
+def test_gradients_work_after_generating(package):
     """What is made while generating is made without gradients and must not stop a later training step."""
-    model = load(package, folders[package][PLAIN[package]])
+    model = load(package, case_folder(package, PLAIN[package]))
     list(module(package, "generate").generate(model, PROMPT, max_new_tokens=2))
     model(torch.tensor([PROMPT])).sum().backward()
 
@@ -204,8 +199,8 @@ TIED = {"qwen3": "grouped", "qwen3_moe": "three_not_normalised", "deepseek_v3": 
 
 @pytest.mark.parametrize("engine", [True, False])
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_tied_head_stays_one_matrix_with_the_embedding(folders, package, engine):
-    model = load(package, folders[package][TIED[package]], engine=engine)
+def test_a_tied_head_stays_one_matrix_with_the_embedding(package, engine):
+    model = load(package, case_folder(package, TIED[package]), engine)
     again = copy.deepcopy(model)
     again.load_state_dict(model.state_dict())
     for other in (model, again, pickle.loads(pickle.dumps(model)), copy.deepcopy(model).double(), again.half()):
@@ -214,7 +209,7 @@ def test_a_tied_head_stays_one_matrix_with_the_embedding(folders, package, engin
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_last_only_projects_one_position(folders, package):
-    model = load(package, folders[package][PLAIN[package]])
+def test_last_only_projects_one_position(package):
+    model = loaded(package, PLAIN[package], "float32")
     ids = torch.tensor([PROMPT, PROMPT[::-1]])
     assert torch.allclose(model(ids, last_only=True), model(ids)[:, -1:], atol=1e-5)

@@ -1,5 +1,6 @@
 """The terminal, without torch: printing, typing at a pseudo-terminal, pipes, closed streams, errors as sentences."""
 
+import contextlib
 import io
 import os
 import select
@@ -8,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -158,6 +160,7 @@ def run_program(body: str, shell: str = "") -> subprocess.CompletedProcess:
 
 
 @unix
+@pytest.mark.ahead
 @pytest.mark.parametrize("fails, code, message", [
     ("import torch_", 2, "qwen3: cannot start: No module named torch_; `uv run python -m qwen3.main` installs what it "
      "needs\n"),
@@ -171,6 +174,7 @@ def test_an_import_that_fails_is_one_sentence(fails, code, message):
 
 
 @unix
+@pytest.mark.ahead
 @pytest.mark.parametrize("body, code, message", [
     ("raise RuntimeError(chr(10).join([str(7), str(8)]))", 2,
      "qwen3: internal error, please report it with your command: RuntimeError: 7 8\n"),
@@ -186,6 +190,7 @@ WRITES = """return terminal.exit_code(lambda: [
 
 
 @unix
+@pytest.mark.ahead
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux's full disk")
 @pytest.mark.parametrize("shell, code, out, err", [
     ("2>/dev/full", 0, "2", ""), ("2>&-", 0, "2", ""), (">&-", 0, "", "1\n3\n"), ("<&-", 0, "2", "1\n3\n"),
@@ -196,6 +201,7 @@ def test_closed_and_full_streams_are_no_reason_for_a_traceback(shell, code, out,
 
 
 @unix
+@pytest.mark.ahead
 def test_a_reader_that_leaves_is_no_reason_for_a_traceback():
     done = run_program(WRITES, "| :")
     assert done.stdout == "" and done.stderr in ("1\n", "1\n3\n")  # it may leave before or after the answer
@@ -251,8 +257,8 @@ class Terminal:
             self.wait_for(b"> ")
 
 
-@pytest.fixture
-def at_terminal():
+@contextlib.contextmanager
+def terminals(_: Path) -> Iterator[Callable[..., Terminal]]:
     started = []
 
     def start(*arguments, **variables) -> Terminal:
@@ -266,7 +272,14 @@ def at_terminal():
         os.close(one.ours)
 
 
+@pytest.fixture
+def at_terminal(tmp_path):
+    with terminals(tmp_path) as start:
+        yield start
+
+
 @unix
+@pytest.mark.ahead(at_terminal=terminals)
 def test_pasted_lines_are_one_question_and_ctrl_c_clears_a_line(at_terminal):
     screen = at_terminal()
     screen.type(b"one\n", b"[one]")
@@ -287,6 +300,7 @@ def test_pasted_lines_are_one_question_and_ctrl_c_clears_a_line(at_terminal):
 
 
 @unix
+@pytest.mark.ahead(at_terminal=terminals)
 def test_ctrl_c_a_moment_after_an_answer_does_not_leave(at_terminal):
     screen = at_terminal(-9)  # the answer ended just now, however slow this machine is
     screen.type(b"one\n", b"[one]")
@@ -300,6 +314,7 @@ def test_ctrl_c_a_moment_after_an_answer_does_not_leave(at_terminal):
 
 
 @unix
+@pytest.mark.ahead(at_terminal=terminals)
 def test_a_dumb_terminal_can_be_typed_at(at_terminal):
     screen = at_terminal(TERM="dumb")
     assert b"\033" not in screen.shown
@@ -308,6 +323,7 @@ def test_a_dumb_terminal_can_be_typed_at(at_terminal):
 
 
 @unix
+@pytest.mark.ahead(at_terminal=terminals)
 def test_a_conversation_at_a_terminal(at_terminal):
     flags = ["-m", "Qwen3-Tiny", "-d", "cpu", "--chat", "-t", "9", "--seed", "1"]
     screen = at_terminal(command=["-m", "qwen3.main", *flags])

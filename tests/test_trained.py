@@ -20,7 +20,13 @@ def embedded(package: str) -> Path:
     return ROOT / "checkpoints" / PACKAGES[package]
 
 
-@pytest.mark.parametrize("package, name", [(package, name) for package in PACKAGES for name in ANSWERS[package]])
+def with_thoughts_slowly(package: str, name: str):
+    """A thought is three times as long as its answer."""
+    return pytest.param(package, name, marks=[pytest.mark.slow] * name.endswith(" thinking"))
+
+
+@pytest.mark.parametrize("package, name", [
+    with_thoughts_slowly(package, name) for package in PACKAGES for name in ANSWERS[package]])
 def test_prompts_and_greedy_tokens_are_those_of_transformers(package, name):
     question, _, mode = name.rpartition(" ")
     tokenizer = module(package, "tokenizer").Tokenizer.from_checkpoint(embedded(package))

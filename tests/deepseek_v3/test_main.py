@@ -163,6 +163,7 @@ def test_the_picture_in_the_readme_is_this_one(capfd):
     assert sum(a == b for ours, theirs in zip(drawn, shown) for a, b in zip(ours, theirs)) >= 0.9 * len("".join(drawn))
 
 
+@pytest.mark.ahead
 def test_as_a_process():
     command = [sys.executable, "-m", "deepseek_v3.main", "-m", str(TINY), "-p", "What is MLA?", "--speculative"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

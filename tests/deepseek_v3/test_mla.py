@@ -19,6 +19,7 @@ from deepseek_v3.generate import new_cache
 from deepseek_v3.layers import KVCache, RotaryEmbedding, attention_mask, deinterleave, inverse_frequencies, rotate
 from deepseek_v3.mla import Attention, softmax_scale
 from deepseek_v3.weights import load_model
+from tests.cases import loaded
 from tests.packages import force_form
 from tests.seeded import DEEPSEEK_V3_CASES, LONG_PROMPT, deepseek_v3_config, write_case
 
@@ -82,11 +83,10 @@ def test_each_form_is_the_papers_equations(tmp_path, part, absorb):
 
 
 @pytest.mark.parametrize("name", DEEPSEEK_V3_CASES)
-def test_absorbed_and_expanded_give_the_same_in_the_lesson_and_in_the_engine(tmp_path, name):
+def test_absorbed_and_expanded_give_the_same_in_the_lesson_and_in_the_engine(name):
     """One layer at a time, since a rounding may send a token to another expert further up."""
-    folder = write_case(tmp_path, "deepseek_v3", name)
     for dtype, tolerance in ("float32", 1e-5), ("bfloat16", 0.1):
-        fast, plain = load_model(folder, dtype=dtype), load_model(folder, dtype=dtype, engine=False)
+        fast, plain = (loaded("deepseek_v3", name, dtype, engine) for engine in (True, False))
         x = fast.model.embed_tokens(torch.tensor([LONG_PROMPT, LONG_PROMPT[::-1]]))
         cos, sin = fast.model.rotary_emb(torch.arange(100)[None], x.dtype)
         mask = attention_mask(0, 100, None, x.device)
@@ -97,6 +97,7 @@ def test_absorbed_and_expanded_give_the_same_in_the_lesson_and_in_the_engine(tmp
                 force_form(part.self_attn, absorb)
                 with torch.inference_mode():
                     forms.append(part.self_attn(part.input_layernorm(rows), cos, sin, mask, None).float())
+                force_form(part.self_attn, None)
             assert type(plain.model.layers[layer].self_attn) is Attention
             assert max((out - forms[0]).abs().max() for out in forms) <= tolerance * forms[0].abs().max()
 

@@ -159,8 +159,12 @@ def test_the_distribution_is_the_one_that_is_sampled_from(model, temperature, to
     assert torch.allclose(distribution(sampler, LOGITS[None], 1), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_speculation_with_sampling_has_the_distribution_of_plain_sampling():
-    """The first three tokens of many answers; the draft is bad here, so that rejection is exercised."""
+    """The first three tokens of many answers; the draft is bad here, so that rejection is exercised.
+
+    test_numbers.py has the exact distribution, of every way that tokens can be drafted, kept and refused.
+    """
     torch.manual_seed(4)
     model = Model(Config(**LATENT | dict(num_hidden_layers=1))).eval()  # one layer is enough, and quick
     for weight in model.parameters():

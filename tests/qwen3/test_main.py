@@ -321,6 +321,7 @@ LONG = [*COMMAND, "--no-thinking", "-p", "Hm", "-t", "5", "-n", "2000", "-d", "c
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.ahead
 def test_ctrl_c_leaves_cleanly():
     process = subprocess.Popen(LONG, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(1)
@@ -330,6 +331,7 @@ def test_ctrl_c_leaves_cleanly():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.ahead
 def test_a_reader_that_leaves_is_no_error():
     process = subprocess.Popen(LONG, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(1)
@@ -339,6 +341,7 @@ def test_a_reader_that_leaves_is_no_error():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals")
+@pytest.mark.ahead
 def test_as_a_process_whose_answer_goes_into_a_pipe_and_whose_progress_is_shown_on_a_terminal_and_removed():
     ours, theirs = os.openpty()
     process = subprocess.Popen([*COMMAND, "-p", "What is RoPE?"], cwd=ROOT, stdout=subprocess.PIPE, stderr=theirs)

@@ -342,6 +342,7 @@ for engine in (True, False):
 """
 
 
+@pytest.mark.ahead
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 def test_loading_copies_nothing(tmp_path):
     config = qwen3_config(vocab_size=20000, hidden_size=512, intermediate_size=2048, num_hidden_layers=6,

@@ -85,6 +85,7 @@ def test_the_picture_by_hand(tmp_path):
     assert routing.picture() == "no layer of this model has experts"
 
 
+@pytest.mark.ahead
 def test_as_a_process_whose_standard_error_is_closed_no_note_goes_elsewhere():
     words = f'"{sys.executable}" -m qwen3_moe.main -m Qwen3-MoE-Tiny -p "What is a router?" 2>&-'
     done = subprocess.run(words, shell=True, cwd=ROOT, capture_output=True, text=True)

@@ -310,6 +310,7 @@ print(resident("RssAnon") - anon, resident("RssFile") - file, used)
 """
 
 
+@pytest.mark.ahead
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 def test_an_expert_that_is_never_routed_to_is_never_read(tmp_path):
     config = qwen3_moe_config(vocab_size=256, hidden_size=512, num_hidden_layers=2, num_experts=64,
