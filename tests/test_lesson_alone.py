@@ -59,6 +59,18 @@ def test_tables_and_a_second_copy_of_a_tied_head_are_passed_over(tmp_path, packa
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_an_embedding_under_the_heads_name_is_left_to_the_engine(tmp_path, package):
+    load, folder = module(package, "weights").load_model, write_checkpoint(
+        tmp_path, CONFIGS[package](tie_word_embeddings=True))
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors")
+    assert torch.equal(load(folder).model.embed_tokens.weight, tensors["lm_head.weight"])
+    with pytest.raises(ValueError, match="stores the embedding as lm_head.weight, which only the engine reads; leave"):
+        load(folder, engine=False)
+
+
 # The command line
 
 def folder_of(package: str) -> str:

@@ -10,16 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..config import Config
 from ..layers import Linear
 from ..model import Model
-from .parts import FASTER, KEPT_IN_FLOAT32, correct, count_parts, stack_experts
 from .fields import DTYPES, plain
+from .parts import FASTER, KEPT_IN_FLOAT32, correct, count_parts, stack_experts
 from .quantized import FORMATS, FP8, QuantizedLinear
-from .safetensors_reader import CheckpointFiles, is_copy
+from .safetensors_reader import CheckpointFiles, is_copy, read_header
 from .supported import check_tensor_names
 
 
@@ -158,8 +157,7 @@ def check_plain(model: Model, files: CheckpointFiles, dtype: torch.dtype | str |
                          "--plain (or engine=False)")
     check_names_and_shapes(model, files, {})
     embedding = "model.embed_tokens.weight"
-    with safe_open(files.tensors[embedding].path, framework="pt") as file:
-        if embedding not in file.keys():
-            raise ValueError(f"{files.directory}: stores the embedding as lm_head.weight, which only the engine reads; "
-                             "leave out --plain (or engine=False)")
+    if embedding not in read_header(files.tensors[embedding].path):  # renamed by read_checkpoint
+        raise ValueError(f"{files.directory}: stores the embedding as lm_head.weight, which only the engine reads; "
+                         "leave out --plain (or engine=False)")
     return compute_dtype(model.config, files, dtype)

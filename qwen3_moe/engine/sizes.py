@@ -9,8 +9,8 @@ from torch import nn
 from ..config import Config
 from ..layers import KVCache
 from ..model import Layer, Model
-from .parts import KEPT_IN_FLOAT32, count_experts
 from .memory import free_memory, gigabytes
+from .parts import KEPT_IN_FLOAT32, count_experts
 from .prepare import compute_dtype, read_checkpoint
 from .quantized import FP8
 from .safetensors_reader import CheckpointFiles

@@ -12,8 +12,8 @@ import torch
 from deepseek_v3 import mla
 from deepseek_v3.config import Config, Yarn
 from deepseek_v3.engine import parts
-from deepseek_v3.engine.parts import FusedAttention
 from deepseek_v3.engine.fast import fused_sdpa
+from deepseek_v3.engine.parts import FusedAttention
 from deepseek_v3.engine.sizes import cache_bytes_per_token
 from deepseek_v3.generate import new_cache
 from deepseek_v3.layers import KVCache, RotaryEmbedding, attention_mask, deinterleave, inverse_frequencies, rotate
