@@ -150,7 +150,7 @@ def test_all_ways_penalise_alike(module, package, model, monkeypatch, repetition
 
         assert list(module.generate(model, PROMPT, speculative=True, **more)) == expected[0]
         for wrong_every in (0, 2, 3):
-            monkeypatch.setattr(model, "mtp", Cheat(model, expected[0], len(PROMPT), wrong_every), raising=False)
+            monkeypatch.setitem(vars(model), "mtp", Cheat(model, expected[0], len(PROMPT), wrong_every))
             assert list(module.generate(model, PROMPT, speculative=True, **more)) == expected[0]
 
 
