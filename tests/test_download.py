@@ -61,7 +61,8 @@ class Clone:
         shutil.copytree(ROOT / "scripts", root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
         (root / "bin").mkdir()
         stand_in_for_uv(root / "bin/uv", root)
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "UV_"))} | {
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "UV_"))}
+        self.environment = inherited | {
             "PATH": f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}", "HF_ENDPOINT": self.hub.url,
             "HF_HOME": str(root / "home"), "NO_PROXY": "127.0.0.1"}
 
