@@ -127,9 +127,8 @@ def find_formats(model: Model, files: CheckpointFiles) -> dict[str, tuple[type[Q
     return found
 
 
-def check_names_and_shapes(model: Model, files: CheckpointFiles, formats: dict | None = None) -> dict[str, tuple]:
-    """What to load: name -> shape. ValueError where one lacks the other, or their shapes differ."""
-    formats = find_formats(model, files) if formats is None else formats
+def check_names_and_shapes(model: Model, files: CheckpointFiles, formats: dict[str, tuple]) -> dict[str, tuple]:
+    """What to load: name -> shape. ValueError where a parameter or a tensor lacks the other, or their shapes differ."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name, (_, leaves) in formats.items():
         del expected[f"{name}.weight"]
