@@ -96,7 +96,7 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype, block: tuple[i
     for axis, size in ((-2, block[0]), (-1, block[1])):
         if size > 1 and scale.shape[axis] > 1:  # a single scale broadcasts; the last block may be cut short
             scale = scale.repeat_interleave(size, axis).narrow(axis, 0, weight.shape[axis])
-    return (weight.float() * scale).to(dtype)
+    return weight.float().mul_(scale).to(dtype)  # in place: another float32 tensor would cost up to as much time again
 
 
 def block_of(weight: tuple[int, ...], scale: tuple[int, ...],
