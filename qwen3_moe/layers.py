@@ -124,8 +124,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, N)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, N)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, N)
-        # QK-Norm keeps q·k from growing in training. It comes before the rotation, which keeps lengths: the norm's
-        # weight is not the same for both values of a pair, so the other order would give other numbers.
+        # QK-Norm keeps q·k from growing in training. It comes before the rotation: its weight differs within a pair,
+        # so the other order would give other numbers.
         q = rotate(self.q_norm(q).transpose(1, 2), cos, sin)  # (B, H, T, N)
         k = rotate(self.k_norm(k).transpose(1, 2), cos, sin)  # (B, K, T, N)
         if cache is not None:

@@ -13,7 +13,6 @@ from ..moe import Experts
 from .drafts import check_drafts as correct  # noqa: F401 for prepare.py
 from .experts import FastExperts, check_compiled, stack_experts  # noqa: F401 for prepare.py and compiled.py
 from .fast import FastLinear, fused_sdpa, matmul
-from .safetensors_reader import CheckpointFiles
 
 KEPT_IN_FLOAT32 = ("e_score_correction_bias",)  # stay float32 whatever the others are, by the last part of their names
 

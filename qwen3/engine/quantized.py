@@ -1,7 +1,7 @@
 """Linear layers whose weights are stored in fewer bits, and dequantised as they are used.
 
-`QuantizedLinear` is what loading and compiling know of all of them. FP8 is one of them: eight
-bits a weight, and a scale that several weights share.
+`QuantizedLinear` is what loading and compiling know of all of them. FP8 is one of them: eight bits a weight, and a
+scale that several weights share.
 
     W = scale * q       q in float8_e4m3fn; one scale for    the tensor   (1, 1)
                                                              each row     (O, 1)

@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ..config import Config
 from ..layers import KVCache
