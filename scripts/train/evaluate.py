@@ -2,82 +2,144 @@
 
 import importlib
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 from qwen3.tokenizer import END_THINK  # noqa: I001  before torch: see qwen3/__init__.py
 
 import torch
 
-from .corpus import DONT_KNOW, HELD_OUT_PHRASINGS, TRAIN_PHRASINGS, ask, glossary, unknown_things
-from .data import SEED, SUM_PHRASINGS, is_held_out
+from .corpus import DONT_KNOW, ask, entries, unknown_things
+from .data import SEED
+from .grade import VERDICTS, judge, questions
+from .sums import is_held_out
+
+WORDS = ("what", "explain", "why", "difference", "other")  # kinds of questions about a word of the glossary
+TURNS = 24  # of each conversation in words/conversations.jsonl
+
+
+class Examinee:
+    """A saved checkpoint that answers many questions side by side, greedily."""
+
+    def __init__(self, package: str, folder: Path):
+        self.package = package
+        self.model = importlib.import_module(f"{package}.weights").load_model(folder)
+        self.generation = importlib.import_module(f"{package}.generate")
+        self.tokenizer = importlib.import_module(f"{package}.tokenizer").Tokenizer.from_checkpoint(folder)
+        self.stop_ids = self.model.config.eos_token_id
+
+    def answers(self, conversations: list[list[dict[str, str]] | str], thinking: bool) -> list[str]:
+        """Of questions, or of conversations that end with one."""
+        texts = []
+        for first in range(0, len(conversations), 64):
+            part = [[{"role": "user", "content": each}] if isinstance(each, str) else each
+                    for each in conversations[first:first + 64]]
+            prompts = [self.tokenizer.chat(messages, thinking) for messages in part]
+            answers = self.generation.generate_batch(self.model, prompts, max_new_tokens=200, stop_ids=self.stop_ids)
+            texts += [self.tokenizer.decode(ids).rpartition(END_THINK)[2].lstrip("\n") for ids in answers]
+        return texts
+
+    def share(self, pairs: list[tuple[str, str]], thinking: bool) -> float:
+        """Of (question, answer), how many are answered exactly so."""
+        answers = self.answers([question for question, _ in pairs], thinking)
+        return sum(given == answer for given, (_, answer) in zip(answers, pairs)) / len(pairs)
+
+    def verdicts(self, items: list[dict], thinking: bool) -> list[str]:
+        return [judge(item, answer)
+                for item, answer in zip(items, self.answers([item["question"] for item in items], thinking))]
+
+    def conversation_verdicts(self, thinking: bool) -> list[list[str]]:
+        """One list for each turn: all conversations are held side by side, each with the model's own answers."""
+        talks = list(groups(questions("conversations"), TURNS))
+        histories, turns = [[] for _ in talks], []
+        for items in zip(*talks):
+            for history, item in zip(histories, items):
+                history.append({"role": "user", "content": item["question"]})
+            answers = self.answers(histories, thinking)
+            for history, answer in zip(histories, answers):
+                history.append({"role": "assistant", "content": answer})
+            turns.append([judge(item, answer) for item, answer in zip(items, answers)])
+        return turns
+
+
+def groups(items: list, size: int) -> Iterator[list]:
+    for first in range(0, len(items), size):
+        yield items[first:first + size]
+
+
+def held_out(package: str, folder: Path, thinking: bool) -> list[str]:
+    """Verdicts on the questions in people's own words."""
+    return Examinee(package, folder).verdicts(questions("heldout"), thinking)
+
+
+def held_out_sums(digits: int, count: int, numbers: int = 2) -> list[tuple[str, str]]:
+    """Sums of which no pair was ever trained on."""
+    rng, pairs = random.Random(SEED + digits), []
+    while len(pairs) < count:
+        terms = [rng.randrange(10 ** digits) for _ in range(numbers)]
+        if is_held_out(*terms[:2]):
+            pairs.append((f"What is {' + '.join(map(str, terms))}?", str(sum(terms))))
+    return pairs
 
 
 def evaluate(package: str, folder: Path) -> dict[str, float]:
-    """Shares of exactly right answers of the saved checkpoint, on sums and phrasings held out of training."""
-    model = importlib.import_module(f"{package}.weights").load_model(folder)
-    generation = importlib.import_module(f"{package}.generate")
-    tokenizer = importlib.import_module(f"{package}.tokenizer").Tokenizer.from_checkpoint(folder)
-    stop_ids = model.config.eos_token_id
+    """The README's table: what -> share."""
+    examinee, result = Examinee(package, folder), {}
+    for what, digits, count, numbers in (("2 digits", 2, 400, 2), ("3 digits", 3, 400, 2), ("4 digits", 4, 400, 2),
+                                         ("three of 2 digits", 2, 400, 3)):
+        result[f"held-out sums, {what}, thinking"] = examinee.share(held_out_sums(digits, count, numbers), True)
+    result["held-out sums, 2 digits, direct"] = examinee.share(held_out_sums(2, 400), False)
+    plain = [(f"What is {entry.names[0]}?", entry.what) for entry in entries()]
+    for thinking in (False, True):
+        mode = "thinking" if thinking else "direct"
+        result[f"glossary, {mode}"] = examinee.share(plain, thinking)
+        items = questions("heldout")
+        verdicts = examinee.verdicts(items, thinking)
+        known = [verdict for verdict, item in zip(verdicts, items) if item["kind"] in WORDS]
+        result[f"own words, {mode}: right"] = known.count("right") / len(known)
+        result[f"own words, {mode}: right or half right"] = sum(known.count(v) for v in VERDICTS[:2]) / len(known)
+        result[f"everything in own words, {mode}: wrong"] = verdicts.count("wrong") / len(verdicts)
+        turns = examinee.conversation_verdicts(thinking)
+        shares = [sum(verdict in VERDICTS[:2] for verdict in turn) / len(turn) for turn in turns]
+        result[f"conversations of 24 questions, {mode}: turns 1 to 12"] = sum(shares[:12]) / 12
+        result[f"conversations of 24 questions, {mode}: turns 13 to 24"] = sum(shares[12:]) / 12
+    unknown = [(ask("What is {x}?", thing), DONT_KNOW) for thing in unknown_things()[1]]
+    result["says that it does not know, held-out things"] = examinee.share(unknown, False)
+    mixed = [question for question, _ in held_out_sums(3, 40)] + [item["question"] for item in questions("heldout")[:160]]
+    return result | least_used_expert(examinee, mixed) | accepted_drafts(examinee, mixed[::4])
 
-    def share(questions: list[tuple[str, str]], thinking: bool) -> float:
-        right = 0
-        for first in range(0, len(questions), 256):
-            part = questions[first:first + 256]
-            prompts = [tokenizer.chat([{"role": "user", "content": question}], thinking) for question, _ in part]
-            answers = generation.generate_batch(model, prompts, max_new_tokens=120, stop_ids=stop_ids)
-            texts = [tokenizer.decode(ids).rpartition(END_THINK)[2].lstrip("\n") for ids in answers]
-            right += sum(text == answer for text, (_, answer) in zip(texts, part))
-        return right / len(questions)
 
-    rng = random.Random(SEED + 1)
-    short = [(a, b) for a in range(100) for b in range(100) if is_held_out(a, b)]
-    long = [(a, b) for a in range(1000) for b in range(1000) if is_held_out(a, b) and max(a, b) > 99]
-    sums = {digits: [(SUM_PHRASINGS[0].format(a=a, b=b), str(a + b)) for a, b in rng.sample(pairs, 1000)]
-            for digits, pairs in ((2, short), (3, long))}
+def least_used_expert(examinee: Examinee, asked: list[str]) -> dict[str, float]:
+    """One prompt at a time: padding would be counted as tokens."""
+    if examinee.package == "qwen3":
+        return {}
+    model, tokenizer = examinee.model, examinee.tokenizer
+    routing = importlib.import_module(f"{examinee.package}.engine.expert_picture").Routing(model)
+    with torch.inference_mode():
+        for question, answer in zip(asked, examinee.answers(asked, False)):
+            prompt = tokenizer.chat([{"role": "user", "content": question}], thinking=False)
+            ids = torch.tensor([prompt + tokenizer.encode(answer)])
+            hidden = model.model(ids)
+            if examinee.package == "deepseek_v3":
+                model.mtp(ids[:, 1:], hidden[:, :-1])
+    return {"least used expert, of its fair share": min(
+        float(counts.min()) * len(counts) / float(counts.sum()) for counts in routing.counts.values())}
 
-    def words(phrasings: list[str]) -> list[tuple[str, str]]:
-        return [(ask(phrasing, names[0]), answer) for phrasing in phrasings for names, answer in glossary()]
 
-    def least_used_expert() -> dict[str, float]:
-        """One prompt at a time: padding would be counted as tokens."""
-        if package == "qwen3":
-            return {}
-        routing = importlib.import_module(f"{package}.engine.expert_picture").Routing(model)
-        with torch.inference_mode():
-            for question, answer in mixed:
-                prompt = tokenizer.chat([{"role": "user", "content": question}], thinking=False)
-                ids = torch.tensor([prompt + tokenizer.encode(answer)])
-                hidden = model.model(ids)
-                if package == "deepseek_v3":
-                    model.mtp(ids[:, 1:], hidden[:, :-1])
-        return {"least used expert, of its fair share": min(
-            float(counts.min()) * len(counts) / float(counts.sum()) for counts in routing.counts.values())}
+def accepted_drafts(examinee: Examinee, asked: list[str]) -> dict[str, float]:
+    if examinee.package != "deepseek_v3":
+        return {}
+    shares = {}
+    for thinking in (True, False):
+        acceptance = importlib.import_module("deepseek_v3.speculative").Acceptance()
+        for question in asked:
+            prompt = examinee.tokenizer.chat([{"role": "user", "content": question}], thinking)
+            list(examinee.generation.generate(examinee.model, prompt, max_new_tokens=200, speculative=True,
+                                              stop_ids=examinee.stop_ids, acceptance=acceptance))
+        shares[f"drafts accepted, {'thinking' if thinking else 'direct'}"] = acceptance.accepted / acceptance.drafted
+    return shares
 
-    def accepted_drafts() -> dict[str, float]:
-        if package != "deepseek_v3":
-            return {}
-        shares = {}
-        for thinking in (True, False):
-            acceptance = importlib.import_module("deepseek_v3.speculative").Acceptance()
-            for question, _ in mixed[::4]:
-                prompt = tokenizer.chat([{"role": "user", "content": question}], thinking)
-                list(generation.generate(model, prompt, max_new_tokens=120, stop_ids=stop_ids, speculative=True,
-                                         acceptance=acceptance))
-            mode = "thinking" if thinking else "direct"
-            shares[f"drafts accepted, {mode}"] = acceptance.accepted / acceptance.drafted
-        return shares
 
-    mixed = sums[3][:100] + sums[2][:100] + words(HELD_OUT_PHRASINGS[:2])
-    held_out_things = [(ask(phrasing, thing), DONT_KNOW)
-                       for phrasing in TRAIN_PHRASINGS[:3] for thing in unknown_things()[1]]
-    return {
-        "held-out sums, 3 digits, thinking": share(sums[3], True),
-        "held-out sums, 2 digits, thinking": share(sums[2], True),
-        "held-out sums, 2 digits, direct": share(sums[2], False),
-        "held-out sums, 3 digits, direct": share(sums[3], False),
-        "glossary, direct": share(words(TRAIN_PHRASINGS[:2]), False),
-        "glossary, thinking": share(words(TRAIN_PHRASINGS[:2]), True),
-        "glossary, held-out phrasings, direct": share(words(HELD_OUT_PHRASINGS), False),
-        "glossary, held-out phrasings, thinking": share(words(HELD_OUT_PHRASINGS), True),
-        "says that it does not know, held-out things": share(held_out_things, False),
-    } | least_used_expert() | accepted_drafts()
+def show_table(package: str, folder: Path) -> None:
+    for what, right in evaluate(package, folder).items():
+        print(f"{right:7.2%}  {what}", flush=True)
