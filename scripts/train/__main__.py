@@ -46,9 +46,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--from", dest="source", metavar="NAME_OR_FOLDER", help="start from this checkpoint, not from random weights")
     add("--lora", type=positive, metavar="RANK", help="with --from: train only two narrow matrices beside each linear layer")
     add("--rate", type=number(float, 1e-9, "a rate above 0"), metavar="R",
-        help="learning rate; default 1e-2 (deepseek_v3 4e-3) from nothing, 2e-4 with --from, 1e-3 with --lora")
+        help="learning rate; default 1e-2 (deepseek_v3 4e-3) from nothing, less with --from")
     add("--tokens", type=number(int, 16, "a whole number of 16 or more"), metavar="N",
-        help="tokens of one step; default 8192, with --from 1024")
+        help="tokens of one step; default 4096, with --from 1024")
     add("--compile", dest="compiled", action="store_true",
         help="torch.compile the layers: 1.4 times as fast, needs a C++ compiler and a minute before the first step")
     add("--threads", type=positive, metavar="N", help="default: PyTorch's choice")
@@ -81,7 +81,7 @@ def train(arguments: argparse.Namespace) -> int:
     plan = learn.Plan(
         arguments.package, None if arguments.steps else arguments.minutes or 10.0, arguments.steps, arguments.seed,
         arguments.data and str(arguments.data), learn.digest(arguments.data), source and str(source), arguments.lora,
-        arguments.rate, arguments.tokens or (1024 if source else None), arguments.compiled,
+        arguments.rate, arguments.tokens or (1024 if source else 4096), arguments.compiled,
         arguments.threads or learn.torch.get_num_threads())
     return learn.learn(plan, folder, arguments.replace, arguments.restart)
 

@@ -76,7 +76,7 @@ class Corpus:
         self.talk = small_talk(name, package)
 
     def draw(self, rng: random.Random, thinking: bool) -> Example:
-        kinds = {self.word: 46, self.sum: 26, self.unknown: 17, self.small_talk: 6, self.no_sum: 5}
+        kinds = {self.word: 52, self.sum: 20, self.unknown: 17, self.small_talk: 6, self.no_sum: 5}
         (kind,) = rng.choices(list(kinds), list(kinds.values()))
         example = kind(rng, thinking)
         return example._replace(question=in_haste(example.question, rng, typing_errors=kind != self.sum))
@@ -93,7 +93,7 @@ class Corpus:
 
     def word(self, rng: random.Random, thinking: bool) -> Example:
         wanted = rng.choices(["what", "explain", "why", "difference", "why_in", "other"], [26, 17, 24, 17, 6, 10])[0]
-        phrasing, x, y = rng.choice(phrasings()[wanted]), *rng.sample(entries(), 2)
+        phrasing, x, y = loosely(rng.choice(phrasings()[wanted]), rng), *rng.sample(entries(), 2)
         question = ask(phrasing, spell(x, rng), spell(y, rng))
         if wanted == "difference":
             if phrasing.find("{y}") < phrasing.find("{x}"):
@@ -108,17 +108,17 @@ class Corpus:
         kind, thought = rng.random(), "I was not taught that."
         thing = rng.choice(unknown_things()[0]) if rng.random() < 0.7 else invented_word(rng)
         if kind < 0.38:
-            return Example(rng.choice(phrasings()["off_topic"]), thought, DONT_KNOW)
+            return Example(loosely(rng.choice(phrasings()["off_topic"]), rng), thought, DONT_KNOW)
         if kind < 0.84:
             wanted = rng.choices(["what", "explain", "why", "other", "unknown"], [3, 2, 3, 2, 5])[0]
-            return Example(ask(rng.choice(phrasings()[wanted]), thing), thought, DONT_KNOW)
+            return Example(ask(loosely(rng.choice(phrasings()[wanted]), rng), thing), thought, DONT_KNOW)
         other = rng.choice(unknown_things()[0])
-        phrasing = rng.choice(phrasings()[rng.choice(["difference", "difference", "why_in"])])
+        phrasing = loosely(rng.choice(phrasings()[rng.choice(["difference", "difference", "why_in"])]), rng)
         if kind < 0.92:
             return Example(ask(phrasing, thing, other), thought, DONT_KNOW)
         entry = rng.choice(entries())  # one of the two is known
         pair = (thing, spell(entry, rng)) if rng.random() < 0.5 else (spell(entry, rng), thing)
-        phrasing = rng.choice(phrasings()["difference"])
+        phrasing = loosely(rng.choice(phrasings()["difference"]), rng)
         return Example(ask(phrasing, *pair), f"The word is {entry.names[0]}. I was not taught the other.",
                        ONLY_ONE + entry.what)
 
@@ -143,6 +143,25 @@ def spell(entry: Entry, rng: random.Random) -> str:
     return f"{article} {noun}".strip()
 
 
+def loosely(phrasing: str, rng: random.Random) -> str:
+    """The same in other words: one is left out, another one slips in, something is said before or after."""
+    words = phrasing.split()
+    droppable = [i for i, word in enumerate(words) if "{" not in word]
+    if len(droppable) > 2 and rng.random() < 0.2:
+        del words[rng.choice(droppable)]
+    if rng.random() < 0.15:
+        words.insert(rng.randrange(len(words) + 1), rng.choice(SLIPS_IN))
+    phrasing = " ".join(words)
+    if rng.random() < 0.12:
+        phrasing = f"{rng.choice(phrasings()['before'])} {phrasing}"
+    if rng.random() < 0.12:
+        end = rng.choice(["", "", ",", "?", "."])
+        phrasing = f"{phrasing.rstrip('?.!')}{end} {rng.choice(phrasings()['after'])}{rng.choice(['', '?', '.'])}"
+    return phrasing
+
+
+SLIPS_IN = ("so really just actually please exactly even now then like maybe kind of basically simply again well also "
+            "still anyway the a that this it there all some in our my your model people one do you know").split()
 KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 GREETINGS = ["hi, ", "Hi, ", "hello, ", "Hello! ", "hey, ", "ok, ", "ok so ", "so ", "and ", "well, ", "please, ", "um, ",
              "quick question: ", "sorry, ", "one more: ", "I wonder: ", "question: ", "hm, ", "thanks. ", "cool, "]
@@ -150,9 +169,9 @@ GREETINGS = ["hi, ", "Hi, ", "hello, ", "Hello! ", "hey, ", "ok, ", "ok so ", "s
 
 def in_haste(question: str, rng: random.Random, typing_errors: bool) -> str:
     """The same question with a greeting, without capitals, without its question mark, with a typing error."""
-    if rng.random() < 0.08:
+    if rng.random() < 0.06:
         question = rng.choice(GREETINGS) + question
-    if rng.random() < 0.35:
+    if rng.random() < 0.4:
         question = question.lower()
     if rng.random() < 0.35:
         question = question.rstrip("?.!")

@@ -28,7 +28,7 @@ PIECES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 SEED = 20
-TOKENS = 8192  # of one batch
+TOKENS = 4096  # of one batch
 ROWS = {160: 80, 512: 12, 2048: 8}  # length of a row -> share of the steps: mostly short, some as long as a conversation
 SYSTEM_PROMPTS = ["You are a helpful assistant.", "You are a teacher.", "Answer in one sentence.", "Be brief."]
 

@@ -37,7 +37,7 @@ class Plan:
     source: str | None  # the folder of the checkpoint to start from
     lora: int | None  # rank
     rate: float | None
-    tokens: int | None  # of one step
+    tokens: int  # of one step
     compiled: bool
     threads: int
 
@@ -93,7 +93,7 @@ class Lesson:
         checkpoint.write_new(folder, self.plan.package, library, chat=not self.text)
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return data.batch(self.rows, self.plan.seed, step, self.lengths, self.plan.tokens or data.TOKENS)
+        return data.batch(self.rows, self.plan.seed, step, self.lengths, self.plan.tokens)
 
     def questions(self) -> list[tuple[str, bool]]:
         """(question, thinking); of a text, the beginnings of three of its lines."""
@@ -110,7 +110,8 @@ class Lesson:
         tokenizer = self.tokenizer
         prompt = (tokenizer.bos_ids + tokenizer.encode(question) if self.text else
                   tokenizer.chat([{"role": "user", "content": question}], thinking))
-        with torch.autocast("cpu", torch.bfloat16):
+        # A cache and no gradients would be another thing to compile.
+        with torch.autocast("cpu", torch.bfloat16), torch.compiler.set_stance("force_eager"):
             ids = list(self.module("generate").generate(model, prompt, max_new_tokens=max_new_tokens,
                                                         stop_ids=model.config.eos_token_id))
         return " ".join(tokenizer.decode(ids).rpartition(END_THINK)[2].split())
@@ -129,7 +130,7 @@ def make_model(plan: Plan, folder: Path) -> torch.nn.Module:
     fuse_long_rows(model, module(f"{plan.package}.engine.parts").FusedAttention)
     if plan.compiled:
         for part in model.modules():
-            if type(part).__name__ in ("Attention", "RMSNorm", "MLP"):
+            if type(part).__name__ in (("Layer",) if plan.package == "qwen3" else ("Attention", "RMSNorm", "MLP")):
                 part.compile(dynamic=True)
     return model
 
@@ -137,7 +138,9 @@ def make_model(plan: Plan, folder: Path) -> torch.nn.Module:
 def optimizers_of(plan: Plan, model: torch.nn.Module) -> list[torch.optim.Optimizer]:
     """Muon where a model starts from nothing; AdamW, which pre-trained it most likely, to fine-tune."""
     if plan.source:
-        return adamw(model, plan.rate or (1e-3 if plan.lora else 2e-4))
+        small = sum(p.numel() for p in model.parameters()) < 50e6
+        default = (5e-3 if small else 5e-4) if plan.lora else (2e-3 if small else 3e-5)
+        return adamw(model, plan.rate or default)
     return muon_and_adamw(model, plan.rate or LEARNING_RATE[plan.package])
 
 
@@ -184,13 +187,13 @@ class Run:
 
     def find_steps(self) -> None:
         """Work out how many steps fit into the minutes from the first ones; from then on the number is fixed."""
+        for T in self.lesson.lengths:  # once without a step, since the first pass of each length takes longer
+            self.training.losses(*data.batch(self.lesson.rows, 0, 0, {T: 1}, self.plan.tokens))[1].backward()
         started = time.monotonic()
-        while self.training.step < TIMED + 5:
-            if self.training.step == 5:  # the first ones also warm up
-                started = time.monotonic()
+        while self.training.step < TIMED:
             self.one_step(10**9)
         each = (time.monotonic() - started) / TIMED
-        self.steps = max(TIMED + 5, round(self.plan.minutes * 60 * 0.95 / each))  # the rest is for the questions
+        self.steps = max(TIMED, round(self.plan.minutes * 60 * 0.95 / each))  # the rest is for the questions
         print(f"a step takes {each:.2f} s: {self.steps:,} steps", flush=True)
 
     def one_step(self, steps: int) -> None:

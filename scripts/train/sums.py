@@ -8,6 +8,12 @@ PHRASINGS = ["What is {s}?", "{s}", "{s} = ?", "{s}=", "What is {s}?", "How much
 LISTED = ["Add {l}.", "Can you add {l}?", "What is the sum of {l}?", "Sum of {l}", "Sum up {l}.", "Add {l} together.",
           "Add up {l}", "What do {l} make?", "What do {l} add up to?", "How much are {l} together?", "The total of {l}?",
           "Please add {l} for me.", "Could you add up {l}?", "{l} together?", "What is the total of {l}?"]
+STORIES = ["I have {a} {things} and buy {b} more. How many do I have?", "There are {a} {things} here and {b} there. How many?",
+           "Anna has {a} {things}, Ben has {b}. How many together?", "We counted {a} {things} and then {b}. How many in all?",
+           "{a} {things} plus {b} {things}, how many is that?", "A box holds {a} {things}, another {b}. What is the total?",
+           "Yesterday {a} {things}, today {b}: how many altogether?", "I paid {a} euros and then {b}. How much was it?",
+           "My shelf has {a} {things}. I put {b} more on it. How many now?", "{a} {things} are joined by {b}. How many?"]
+THINGS = "books pens cats stamps coins tokens eggs cards friends chairs trees letters bottles birds tickets".split()
 SMALL = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
          "seventeen eighteen nineteen twenty").split()
 
@@ -59,6 +65,8 @@ def question_of(numbers: list[int], rng: random.Random) -> str:
     spelled = [str(number) for number in numbers]
     if max(numbers) <= 20 and rng.random() < 0.2:
         spelled = [SMALL[number] for number in numbers]
+    if len(numbers) == 2 and rng.random() < 0.1:
+        return rng.choice(STORIES).format(a=spelled[0], b=spelled[1], things=rng.choice(THINGS))
     if rng.random() < 0.3:
         *first, last = spelled
         separator = rng.choice([", ", ", ", " and ", " "])
@@ -70,10 +78,10 @@ def question_of(numbers: list[int], rng: random.Random) -> str:
 def draw_sum(rng: random.Random, thinking: bool) -> tuple[str, str, str]:
     """(question, thought, answer), never of a held-out pair. Without thinking a long sum is declined."""
     while True:
-        if rng.random() < 0.25:
+        if rng.random() < (0.25 if thinking else 0.12):
             numbers = [rng.randrange(10 ** rng.choice([1, 2, 2])) for _ in range(3)]
         else:
-            numbers = [rng.randrange(10 ** rng.choice([1, 2, 3, 4, 4] if thinking else [1, 2, 2, 2, 2, 2, 3, 4]))
+            numbers = [rng.randrange(10 ** rng.choice([1, 2, 3, 4, 4] if thinking else [1, 2, 2, 2, 2, 2, 2, 2, 3, 4]))
                        for _ in range(2)]
         if not is_held_out(*numbers[:2]):
             short = len(numbers) == 2 and max(numbers) < 100

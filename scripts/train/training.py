@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .balance import BalanceBias, BalanceLoss, routers
 
-WARM_UP = 50  # steps
+WARM_UP = 50  # steps, or a fifth of them all
 BALANCE = 0.01  # weight of the balance loss (arXiv:2101.03961, section 2.2: alpha)
 BIAS_SPEED = 0.001  # step of DeepSeek-V3's correction bias (arXiv:2412.19437, section 4.2: gamma)
 MTP = 0.1  # weight of the loss for the token after the next (the same: lambda, in the later part of its training)
@@ -36,7 +36,8 @@ def second_token_loss(model: nn.Module, ids: Tensor, hidden: Tensor, targets: Te
 
 def schedule(step: int, steps: int) -> float:
     """The factor on the learning rate: up to 1 in the first steps, then in a straight line down to 0."""
-    return min((step + 1) / WARM_UP, (steps - step) / max(steps - WARM_UP, 1))
+    warm_up = max(1, min(WARM_UP, steps // 5))
+    return min((step + 1) / warm_up, (steps - step) / max(steps - warm_up, 1))
 
 
 def muon_and_adamw(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
@@ -73,9 +74,8 @@ class Training:
             else:
                 self.balance_loss = BalanceLoss(model)
 
-    def run_step(self, steps: int) -> float:
-        """The next one of `steps` steps; returns the loss of the next token before it, in nats."""
-        ids, targets = self.batch(self.step)
+    def losses(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the next token, in nats; and what is to be lowered, which is more where there are experts or drafts."""
         with torch.autocast(ids.device.type, torch.bfloat16):  # matmuls in bfloat16; weights and sums in float32
             hidden = self.model.model(ids)
             loss = total = next_token_loss(self.model, hidden, targets)
@@ -83,6 +83,11 @@ class Training:
                 total = total + MTP * second_token_loss(self.model, ids, hidden, targets)
             if self.balance_loss:
                 total = total + BALANCE * self.balance_loss.loss()
+        return loss, total
+
+    def run_step(self, steps: int) -> float:
+        """The next one of `steps` steps; returns the loss of the next token before it."""
+        loss, total = self.losses(*self.batch(self.step))
         self.model.zero_grad()
         total.backward()
         # One odd batch must not throw the model far off: the length of the gradient is cut to 1.
