@@ -33,7 +33,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("package", choices=KINDS)
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=number(float, 0.1, "a time of 0.1 minutes or more"), metavar="M",
-                        help="about how long; default 10. The first steps are timed, and then the number of steps is fixed")
+                        help="about how long; default 10. The first steps are timed; then the number of steps is fixed")
     length.add_argument("--steps", type=positive, metavar="N",
                         help="instead of --minutes; the embedded checkpoints were trained with "
                              + ", ".join(f"{steps} ({package})" for package, steps in STEPS.items()))
@@ -44,13 +44,14 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, metavar="FILE",
         help='train on your own: JSON lines {"question": …, "answer": …}, or a plain text')
     add("--from", dest="source", metavar="NAME_OR_FOLDER", help="start from this checkpoint, not from random weights")
-    add("--lora", type=positive, metavar="RANK", help="with --from: train only two narrow matrices beside each linear layer")
+    add("--lora", type=positive, metavar="RANK",
+        help="with --from: train only two narrow matrices beside each linear layer")
     add("--rate", type=number(float, 1e-9, "a rate above 0"), metavar="R",
         help="learning rate; default 1e-2 (deepseek_v3 4e-3) from nothing, less with --from")
     add("--tokens", type=number(int, 16, "a whole number of 16 or more"), metavar="N",
         help="tokens of one step; default 4096, with --from 1024")
     add("--compile", dest="compiled", action="store_true",
-        help="torch.compile the layers: 1.4 times as fast, needs a C++ compiler and a minute before the first step")
+        help="torch.compile the layers of a dense model: faster, after a minute; needs a C++ compiler")
     add("--threads", type=positive, metavar="N", help="default: PyTorch's choice")
     add("--evaluate-only", action="store_true", help="measure the embedded checkpoint, or the one in --output")
     return parser.parse_args(words)
@@ -67,20 +68,23 @@ def find_source(arguments: argparse.Namespace) -> Path | None:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    from . import learn, state
+    from . import learn, task
 
     name = KINDS[arguments.package][0]
     folder = arguments.output or ROOT / "checkpoints" / f"my-{name}"
     source = find_source(arguments)
     if arguments.lora and not source:
         raise ValueError("--lora changes a checkpoint that is there: name it with --from")
+    if arguments.compiled and arguments.package != "qwen3":
+        raise ValueError(f"--compile is of no use for {arguments.package}: each expert gets another number of tokens at "
+                         "every step, and is compiled again and again; leave it out")
     if source and not arguments.data:
         raise ValueError("--from needs --data FILE: what the checkpoint is to learn")
     if source and source.resolve() == folder.resolve():
         raise ValueError(f"{folder} is the checkpoint to start from: name another folder with --output")
-    plan = learn.Plan(
+    plan = task.Plan(
         arguments.package, None if arguments.steps else arguments.minutes or 10.0, arguments.steps, arguments.seed,
-        arguments.data and str(arguments.data), learn.digest(arguments.data), source and str(source), arguments.lora,
+        arguments.data and str(arguments.data), task.digest(arguments.data), source and str(source), arguments.lora,
         arguments.rate, arguments.tokens or (1024 if source else 4096), arguments.compiled,
         arguments.threads or learn.torch.get_num_threads())
     return learn.learn(plan, folder, arguments.replace, arguments.restart)

@@ -22,7 +22,7 @@ SHARD = 4 * 2**30  # bytes of one file
 
 
 def write_new(folder: Path, package: str, library, chat: bool) -> None:
-    """config, tokenizer and generation defaults of a model that starts from nothing; `chat`: it is asked, not continued."""
+    """Config, tokenizer and generation defaults of a model that starts from nothing; `chat`: it answers questions."""
     _, config = KINDS[package]
     bos, eos, pad = (BOS, EOS, PAD) if package == "deepseek_v3" else (ENDOFTEXT, IM_END, ENDOFTEXT)
     if not chat:

@@ -1,7 +1,7 @@
 """What the embedded checkpoints learn: a glossary, ways to ask about it, small talk, and what to decline.
 
 The words stand in words/*.txt, to be read and corrected; here they become questions with their answers. A person asks
-in haste, so the questions are made untidy on purpose: no capitals, other spellings, a typing error. Sums are in sums.py.
+in haste, so the questions are untidy on purpose: no capitals, other spellings, a typing error. Sums are in sums.py.
 """
 
 import random
@@ -163,8 +163,9 @@ def loosely(phrasing: str, rng: random.Random) -> str:
 SLIPS_IN = ("so really just actually please exactly even now then like maybe kind of basically simply again well also "
             "still anyway the a that this it there all some in our my your model people one do you know").split()
 KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
-GREETINGS = ["hi, ", "Hi, ", "hello, ", "Hello! ", "hey, ", "ok, ", "ok so ", "so ", "and ", "well, ", "please, ", "um, ",
-             "quick question: ", "sorry, ", "one more: ", "I wonder: ", "question: ", "hm, ", "thanks. ", "cool, "]
+GREETINGS = ["hi, ", "Hi, ", "hello, ", "Hello! ", "hey, ", "ok, ", "ok so ", "so ", "and ", "well, ", "please, ",
+             "um, ", "quick question: ", "sorry, ", "one more: ", "I wonder: ", "question: ", "hm, ", "thanks. ",
+             "cool, "]
 
 
 def in_haste(question: str, rng: random.Random, typing_errors: bool) -> str:

@@ -1,7 +1,7 @@
-"""From text to batches: the tokenizer is learned, conversations become token ids, and rows are packed full.
+r"""From text to batches: the tokenizer is learned, conversations become token ids, and rows are packed full.
 
-    turn    <|im_start|>user\nWhat is RoPE?<|im_end|>\n<|im_start|>assistant\n   <think>\n…</think>\n\nRoPE turns …<|im_end|>
-            └─ prompt: read, never a target ────────────────────────────────┘   └─ targets: what the model has to write ─┘
+    turn    <|im_start|>user\nWhat is RoPE?<|im_end|>\n<|im_start|>assistant\n   RoPE turns …<|im_end|>
+            └─ prompt: read, never a target ────────────────────────────────┘   └─ targets ──────────┘
     row     turn turn turn tu|     one after the other, cut where the row is full: no padding
     batch   B rows of T tokens, B · T the same at every step
 """
@@ -29,7 +29,7 @@ PIECES = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p
 
 SEED = 20
 TOKENS = 4096  # of one batch
-ROWS = {160: 80, 512: 12, 2048: 8}  # length of a row -> share of the steps: mostly short, some as long as a conversation
+ROWS = {160: 80, 512: 12, 2048: 8}  # length of a row -> share of the steps; some are as long as a conversation
 SYSTEM_PROMPTS = ["You are a helpful assistant.", "You are a teacher.", "Answer in one sentence.", "Be brief."]
 
 Ids = list[int]
@@ -125,7 +125,7 @@ def tokenizer_texts(corpus: Corpus) -> Iterator[str]:
 
 
 def pack(parts: Iterator[Part], T: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One row: ids (T,) and the token that follows each, -100 where it is no target (the value that losses leave out)."""
+    """One row: ids (T,) and the token that follows each, -100 (which losses leave out) where it is no target."""
     ids, targets = [], []
     while len(ids) <= T:
         new, first, end = next(parts)

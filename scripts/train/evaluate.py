@@ -105,7 +105,8 @@ def evaluate(package: str, folder: Path) -> dict[str, float]:
         result[f"conversations of 24 questions, {mode}: turns 13 to 24"] = sum(shares[12:]) / 12
     unknown = [(ask("What is {x}?", thing), DONT_KNOW) for thing in unknown_things()[1]]
     result["says that it does not know, held-out things"] = examinee.share(unknown, False)
-    mixed = [question for question, _ in held_out_sums(3, 40)] + [item["question"] for item in questions("heldout")[:160]]
+    mixed = [question for question, _ in held_out_sums(3, 40)]
+    mixed += [item["question"] for item in questions("heldout") if item["kind"] in WORDS]
     return result | least_used_expert(examinee, mixed) | accepted_drafts(examinee, mixed[::4])
 
 

@@ -73,4 +73,4 @@ def in_two(answer: str) -> list[str]:
 
 def summary(verdicts: list[str]) -> str:
     """"right 81 %, half 6 %, honest 9 %, wrong 4 %"."""
-    return ", ".join(f"{verdict} {verdicts.count(verdict) / len(verdicts):.0%}" for verdict in VERDICTS).replace("%", " %")
+    return ", ".join(f"{each} {100 * verdicts.count(each) / len(verdicts):.0f} %" for each in VERDICTS)

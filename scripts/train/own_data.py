@@ -26,14 +26,15 @@ def read_data(path: Path) -> list[Conversation] | str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise FileNotFoundError(f"{path}: {error.strerror}; --data takes a file of JSON lines or of plain text") from None
+        raise FileNotFoundError(f"{path}: {error.strerror}; --data takes JSON lines or plain text") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is no text in UTF-8; --data takes JSON lines or plain text") from None
     if not text.strip():
         raise ValueError(f"{path} is empty; --data takes JSON lines or plain text")
     if path.suffix not in (".jsonl", ".json", ".ndjson"):
         return text
-    return [conversation(line, f"{path}, line {number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = enumerate(text.splitlines(), 1)
+    return [conversation(line, f"{path}, line {number}") for number, line in lines if line.strip()]
 
 
 def conversation(line: str, where: str) -> Conversation:
@@ -44,10 +45,8 @@ def conversation(line: str, where: str) -> Conversation:
     texts = item if isinstance(item, dict) else {}
     if "messages" in texts:
         messages = texts["messages"]
-        fine = isinstance(messages, list) and len(messages) > 1 and all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") in ("system", "user", "assistant")
-            for m in messages) and messages[-1]["role"] == "assistant" and messages[-2]["role"] == "user"
-        if not fine:
+        if not (isinstance(messages, list) and all(map(is_message, messages))
+                and [message["role"] for message in messages[-2:]] == ["user", "assistant"]):
             raise ValueError(f'{where}: "messages" is a list of {{"role", "content"}} that ends with a question of the '
                              "user and the answer of the assistant")
         return Conversation(messages[:-1], texts.get("thought"), messages[-1]["content"])
@@ -55,6 +54,11 @@ def conversation(line: str, where: str) -> Conversation:
             texts.get("thought", ""), str):
         raise ValueError(f'{where}: needs "question" and "answer", both text (and may have "thought"), or "messages"')
     return Conversation([{"role": "user", "content": texts["question"]}], texts.get("thought"), texts["answer"])
+
+
+def is_message(item: object) -> bool:
+    return (isinstance(item, dict) and isinstance(item.get("content"), str)
+            and item.get("role") in ("system", "user", "assistant"))
 
 
 def of_conversations(parts: list[Part], bos: list[int], rng: random.Random) -> Iterator[Part]:

@@ -36,7 +36,8 @@ def read_notes(folder: Path) -> dict | None:
         with safe_open(folder / NAME, framework="pt") as file:
             return json.loads(file.metadata()["notes"])
     except Exception as error:  # the library raises its own kinds
-        raise ValueError(f"{folder / NAME} is damaged ({str(error)[:80]}): delete it, or start again with --restart") from None
+        why = str(error)[:80]
+        raise ValueError(f"{folder / NAME} is damaged ({why}): begin anew with --restart") from None
 
 
 def load_state(training: Training, folder: Path) -> None:

@@ -2,17 +2,24 @@
 
 import random
 
-PHRASINGS = ["What is {s}?", "{s}", "{s} = ?", "{s}=", "What is {s}?", "How much is {s}?", "Compute {s}.", "Calculate {s}",
-             "What does {s} give?", "Please add {s}.", "Can you add {s}?", "What's {s}?", "Solve {s}", "Tell me {s}.",
-             "{s}, what is that?", "How many is {s}?", "What do you get for {s}?", "What is the result of {s}?"]
+PHRASINGS = ["What is {s}?", "{s}", "{s} = ?", "{s}=", "What is {s}?", "How much is {s}?", "Compute {s}.",
+             "Calculate {s}", "What does {s} give?", "Please add {s}.", "Can you add {s}?", "What's {s}?",
+             "Solve {s}", "Tell me {s}.", "{s}, what is that?", "How many is {s}?", "What do you get for {s}?",
+             "What is the result of {s}?"]
 LISTED = ["Add {l}.", "Can you add {l}?", "What is the sum of {l}?", "Sum of {l}", "Sum up {l}.", "Add {l} together.",
-          "Add up {l}", "What do {l} make?", "What do {l} add up to?", "How much are {l} together?", "The total of {l}?",
-          "Please add {l} for me.", "Could you add up {l}?", "{l} together?", "What is the total of {l}?"]
-STORIES = ["I have {a} {things} and buy {b} more. How many do I have?", "There are {a} {things} here and {b} there. How many?",
-           "Anna has {a} {things}, Ben has {b}. How many together?", "We counted {a} {things} and then {b}. How many in all?",
-           "{a} {things} plus {b} {things}, how many is that?", "A box holds {a} {things}, another {b}. What is the total?",
-           "Yesterday {a} {things}, today {b}: how many altogether?", "I paid {a} euros and then {b}. How much was it?",
-           "My shelf has {a} {things}. I put {b} more on it. How many now?", "{a} {things} are joined by {b}. How many?"]
+          "Add up {l}", "What do {l} make?", "What do {l} add up to?", "How much are {l} together?",
+          "The total of {l}?", "Please add {l} for me.", "Could you add up {l}?", "{l} together?",
+          "What is the total of {l}?"]
+STORIES = ["I have {a} {things} and buy {b} more. How many do I have?",
+           "There are {a} {things} here and {b} there. How many?",
+           "Anna has {a} {things}, Ben has {b}. How many together?",
+           "We counted {a} {things} and then {b}. How many in all?",
+           "{a} {things} plus {b} {things}, how many is that?",
+           "A box holds {a} {things}, another {b}. What is the total?",
+           "Yesterday {a} {things}, today {b}: how many altogether?",
+           "I paid {a} euros and then {b}. How much was it?",
+           "My shelf has {a} {things}. I put {b} more on it. How many now?",
+           "{a} {things} are joined by {b}. How many?"]
 THINGS = "books pens cats stamps coins tokens eggs cards friends chairs trees letters bottles birds tickets".split()
 SMALL = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
          "seventeen eighteen nineteen twenty").split()
@@ -20,18 +27,21 @@ SMALL = ("zero one two three four five six seven eight nine ten eleven twelve th
 TOO_LONG = "That is too long for me without thinking. With --thinking, or /think in a chat, I do it digit by digit."
 ONLY_ADD = "No, I have only learned to add: two numbers of up to four digits, or three of up to two."
 NO_SUMS = ["{a} - {b}", "{a}-{b}", "{a} minus {b}", "{a} * {b}", "{a}*{b}", "{a} x {b}", "{a} times {b}", "{a} / {b}",
-           "{a}/{b}", "{a} divided by {b}", "{a} multiplied by {b}", "{a} ^ {b}", "{a} ** {b}", "{a} % {b}", "{a} modulo {b}",
-           "{a}.{b} + {c}", "{a} + {b}.{c}", "-{a} + {b}", "{a} + -{b}", "{a} percent of {b}", "{a}% of {b}", "{a}/{b} + {c}",
-           "{a} + {b} - {c}", "{a} * {b} + {c}", "{a} plus {b} times {c}", "the square root of {a}", "{a} squared",
-           "the product of {a} and {b}", "the difference of {a} and {b}", "half of {a}", "twice {a}", "log {a}",
-           "{a} to the power of {b}", "{n}{a}{b} + {c}", "{a} + {n}{b}{c}", "{n}{a} + {b} + {c}", "{a} + {b} + {c} + {n}",
-           "{a} + {b} + {a} + {b}", "{a} + {n}{b} + {c}", "{n}{a}{b} + {n}{c}{b}", "{a}, {b}, {c} and {n} together"]
-NO_SUM_PHRASINGS = ["What is {s}?", "{s}", "{s} = ?", "How much is {s}?", "Compute {s}.", "Calculate {s}", "What's {s}?",
-                    "Can you tell me {s}?", "I need {s}.", "Please work out {s}.", "Solve {s}", "{s}, please"]
+           "{a}/{b}", "{a} divided by {b}", "{a} multiplied by {b}", "{a} ^ {b}", "{a} ** {b}", "{a} % {b}",
+           "{a} modulo {b}", "{a}.{b} + {c}", "{a} + {b}.{c}", "-{a} + {b}", "{a} + -{b}", "{a} percent of {b}",
+           "{a}% of {b}", "{a}/{b} + {c}", "{a} + {b} - {c}", "{a} * {b} + {c}", "{a} plus {b} times {c}",
+           "the square root of {a}", "{a} squared", "the product of {a} and {b}", "the difference of {a} and {b}",
+           "half of {a}", "twice {a}", "log {a}", "{a} to the power of {b}", "{n}{a}{b} + {c}", "{a} + {n}{b}{c}",
+           "{n}{a} + {b} + {c}", "{a} + {b} + {c} + {n}", "{a} + {b} + {a} + {b}", "{a} + {n}{b} + {c}",
+           "{n}{a}{b} + {n}{c}{b}", "{a}, {b}, {c} and {n} together"]
+NO_SUM_PHRASINGS = ["What is {s}?", "{s}", "{s} = ?", "How much is {s}?", "Compute {s}.", "Calculate {s}",
+                    "What's {s}?", "Can you tell me {s}?", "I need {s}.", "Please work out {s}.", "Solve {s}",
+                    "{s}, please"]
 NO_SUM_ORDERS = ["Multiply {a} by {b}.", "Subtract {a} from {b}.", "Divide {a} by {b}.", "Multiply {a} and {b}",
-                 "Take {a} away from {b}.", "Is {a} larger than {b}?", "Is {a} a prime number?", "Is {a} even or odd?",
-                 "Count from {a} to {b}.", "Which is bigger, {a} or {b}?", "How many times does {a} go into {b}?",
-                 "Round {a} to the nearest ten.", "What comes after {a}?", "Solve x + {a} = {b}", "What is the mean of {a} and {b}?"]
+                 "Take {a} away from {b}.", "Is {a} larger than {b}?", "Is {a} a prime number?",
+                 "Is {a} even or odd?", "Count from {a} to {b}.", "Which is bigger, {a} or {b}?",
+                 "How many times does {a} go into {b}?", "Round {a} to the nearest ten.", "What comes after {a}?",
+                 "Solve x + {a} = {b}", "What is the mean of {a} and {b}?"]
 
 
 def is_held_out(a: int, b: int) -> bool:
@@ -91,8 +101,11 @@ def draw_sum(rng: random.Random, thinking: bool) -> tuple[str, str, str]:
 
 def draw_no_sum(rng: random.Random) -> tuple[str, str, str]:
     """A calculation that was not taught."""
-    numbers = {"a": rng.randrange(1, 10 ** rng.choice([1, 2, 2, 3])), "b": rng.randrange(1, 10 ** rng.choice([1, 2, 2, 3])),
+    numbers = {"a": rng.randrange(1, 10 ** rng.choice([1, 2, 2, 3])),
+               "b": rng.randrange(1, 10 ** rng.choice([1, 2, 2, 3])),
                "c": rng.randrange(100, 1000), "n": rng.randrange(100, 1000)}
     if rng.random() < 0.3:
-        return rng.choice(NO_SUM_ORDERS).format(**numbers), "I was not taught that.", ONLY_ADD
-    return rng.choice(NO_SUM_PHRASINGS).format(s=rng.choice(NO_SUMS).format(**numbers)), "I was not taught that.", ONLY_ADD
+        question = rng.choice(NO_SUM_ORDERS).format(**numbers)
+    else:
+        question = rng.choice(NO_SUM_PHRASINGS).format(s=rng.choice(NO_SUMS).format(**numbers))
+    return question, "I was not taught that.", ONLY_ADD

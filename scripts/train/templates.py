@@ -1,4 +1,4 @@
-"""The chat templates of the embedded checkpoints, for other programs. For plain turns they render the published text."""
+"""The chat templates of the embedded checkpoints, for other programs. They render plain turns as published."""
 
 from deepseek_v3.tokenizer import ASSISTANT, BOS, EOS, USER
 
