@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Without folders whose name begins with a dot: pytest keeps a README of its own in .pytest_cache.
-READMES = [path.relative_to(ROOT) for path in [ROOT / "README.md", *sorted(ROOT.glob("[!.]*/README.md"))]]
+READMES = [path.relative_to(ROOT) for path in [
+    ROOT / "README.md", *sorted(ROOT.glob("[!.]*/README.md")), *sorted(ROOT.glob("scripts/*/README.md"))]]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 
 
@@ -20,12 +21,16 @@ def blocks(readme: Path) -> list[tuple[str, str, int]]:
 
 
 @pytest.mark.parametrize("readme", READMES, ids=str)
-def test_python_blocks_run_one_after_the_other(readme, monkeypatch):
+def test_python_blocks_run_one_after_the_other(readme, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     namespace: dict = {}
-    for language, text, line in blocks(readme):
+    every = blocks(readme)
+    for (language, text, line), (below, shown, _) in zip(every, every[1:] + [("", "", 0)]):
         if language == "python":
             exec(compile("\n" * (line - 1) + text, str(readme), "exec"), namespace)  # lines as in the README
+            printed = capsys.readouterr().out
+            if printed or below == "text":
+                assert below == "text" and printed == shown, f"{readme}, line {line}"
 
 
 @pytest.mark.parametrize("readme", READMES, ids=str)

@@ -18,13 +18,20 @@ COMMANDS = re.findall(r"^\| `([^`]+)` \| .+ \|$", (SCRIPTS / "README.md").read_t
 
 
 def name_of(command: str) -> str:
-    """What a command starts: scripts/x.sh or scripts.x."""
-    return re.search(r"scripts/\w+\.sh|(?<=-m )scripts\.\w+", command)[0]
+    """What a command starts: scripts/x.sh, scripts.x or scripts.x.y."""
+    return re.search(r"scripts/\w+\.sh|(?<=-m )scripts[.\w]+", command)[0]
+
+
+def is_command(path: Path) -> bool:
+    """A file in a folder of the scripts that can be started by itself, and by a person."""
+    text = path.read_text()
+    return path.stem != "__main__" and '__name__ == "__main__"' in text and "ArgumentParser(" in text
 
 
 def test_the_readme_names_each_command_once():
     modules = [path.stem for path in SCRIPTS.glob("*.py") if path.stem != "__init__"]
     modules += [path.parent.name for path in SCRIPTS.glob("*/__main__.py")]
+    modules += [f"{path.parent.name}.{path.stem}" for path in SCRIPTS.glob("*/*.py") if is_command(path)]
     there = [f"scripts/{path.name}" for path in SCRIPTS.glob("*.sh")] + [f"scripts.{module}" for module in modules]
     assert sorted(map(name_of, COMMANDS)) == sorted(there)
     assert all(command.startswith(("uv run ", "bash ")) for command in COMMANDS)
