@@ -76,7 +76,7 @@ class Corpus:
         self.talk = small_talk(name, package)
 
     def draw(self, rng: random.Random, thinking: bool) -> Example:
-        kinds = {self.word: 52, self.sum: 20, self.unknown: 17, self.small_talk: 6, self.no_sum: 5}
+        kinds = {self.word: 54, self.sum: 15, self.unknown: 16, self.small_talk: 10, self.no_sum: 5}
         (kind,) = rng.choices(list(kinds), list(kinds.values()))
         example = kind(rng, thinking)
         return example._replace(question=in_haste(example.question, rng, typing_errors=kind != self.sum))

@@ -121,7 +121,7 @@ def tokenizer_texts(corpus: Corpus) -> Iterator[str]:
     """What the corpus's tokenizer is learned from; the roles of ChatML's headers too."""
     rng = random.Random(SEED)
     for _ in range(20000):
-        yield "\n".join(("user", "assistant", *corpus.draw(rng, thinking=True)))
+        yield "\n".join(("user", "assistant\n", *corpus.draw(rng, thinking=True)))
 
 
 def pack(parts: Iterator[Part], T: int) -> tuple[torch.Tensor, torch.Tensor]:

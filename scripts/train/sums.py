@@ -91,10 +91,10 @@ def draw_sum(rng: random.Random, thinking: bool) -> tuple[str, str, str]:
         if rng.random() < (0.25 if thinking else 0.12):
             numbers = [rng.randrange(10 ** rng.choice([1, 2, 2])) for _ in range(3)]
         else:
-            numbers = [rng.randrange(10 ** rng.choice([1, 2, 3, 4, 4] if thinking else [1, 2, 2, 2, 2, 2, 2, 2, 3, 4]))
+            numbers = [rng.randrange(10 ** rng.choice([1, 2, 3, 4, 4] if thinking else [1, 1, 2, 3, 4]))
                        for _ in range(2)]
         if not is_held_out(*numbers[:2]):
-            short = len(numbers) == 2 and max(numbers) < 100
+            short = len(numbers) == 2 and max(numbers) < 10
             answer = str(sum(numbers)) if thinking or short else TOO_LONG
             return question_of(numbers, rng), thought_of(numbers), answer
 
