@@ -46,10 +46,10 @@ def run(arguments: argparse.Namespace) -> None:
     question = find_question(arguments)
     asked = DEFAULT_PROMPT if question is None else question
     prompt_ids = conversation.prompt_ids([{"role": "user", "content": asked}])
-    for text in (*notes, *(f"note: {text}" for text in conversation.notes())):
-        note(text)
 
     device, dtype = conversation.find_device(prompt_ids)
+    for text in (*notes, *conversation.notes()):
+        note(f"note: {text}")
     model = load_model(folder, device, dtype, progress("loading tensor"), engine=not arguments.plain)
 
     def answer_ids(prompt_ids: list[int], max_new_tokens: int, cache: KVCache) -> Iterator[int]:

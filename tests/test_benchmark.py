@@ -2,14 +2,17 @@
 
 import json
 import math
+import os
+import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
-from scripts.benchmark import __main__ as benchmark, machine, measure, report, shapes
+from scripts.benchmark import __main__ as benchmark, compete, contender, machine, measure, report, shapes
 from tests.packages import PACKAGES, module
 
 ROOT = measure.ROOT
@@ -119,12 +122,66 @@ def test_without_flags_only_what_the_checkpoint_has_room_for_is_measured(monkeyp
             benchmark.main(["-m", "Qwen3-Tiny", *flags])
     assert asked == [(what, n, True) for what, n in (
         ("ids", 32), ("prefill", 512), ("prefill", 2048 // 2), ("decode", 32), ("decode", 1024),
-        ("decode", 512), ("decode", 1024))]
+        *(("decode", 32 << i) for i in range(6)))]
     long = {name: trick for name, trick in measure.TRICKS.items() if trick.context == 4096}
     monkeypatch.setattr(measure, "TRICKS", long)
     with pytest.raises(Stop):
         benchmark.main(["-m", "Qwen3-Tiny", "--tricks"])
     assert measure.shortened(4096, 2029) == 1024
+
+
+class InThisProcess:
+    """A contender without a process of its own, with nothing left out and nothing compiled."""
+
+    def __init__(self, folder, package, arguments, who, **how):
+        self.program, self.process = contender.Ours(str(folder), "cpu", package), SimpleNamespace(pid=os.getpid())
+        self.started = {"load": 0.1, "first": 0.2, "seconds": 1.0, "anonymous": 0}
+
+    def ask(self, **task) -> dict:
+        return contender.work(self.program, task)
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_kind_of_measurement_works_on_the_embedded_checkpoints(package, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(machine, "matrix_rate", lambda device: (1e9, torch.bfloat16))
+    monkeypatch.setattr(machine, "BUSY", 1e9)
+    monkeypatch.setattr(machine, "LOOK", 0)
+    monkeypatch.setattr(compete, "Contender", InThisProcess)
+    for flags, shown in ([], r"decode 1024 +[\d.]+ tok/s"), (["--plot"], r"\n   1024 .* MB .*│"), (
+            ["--tricks"], r"fused attention +prefill 1024( +[\d.]+ tok/s){2} +[\d.]+ \("), (
+            ["--speculative"], "tokens for a step of the main model"):
+        possible = flags != ["--speculative"] or package == "deepseek_v3"
+        assert benchmark.main(["-m", PACKAGES[package], "-d", "cpu", "--rounds", "1", *flags]) == (0 if possible else 2)
+        out, err = capsys.readouterr()
+        assert not possible or (re.search(shown, out) and "GB of weights" not in out + err), out + err
+        short = "has a context of 2048 tokens, so that lengths go up to 1024 instead of "
+        assert (short in err) == (flags != ["--speculative"])
+        assert ("MB of weights fit in a processor's cache" in err) == possible
+
+
+def test_the_default_says_that_it_is_the_embedded_checkpoint(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    assert benchmark.main([]) == 2  # there is none
+    assert "Qwen3-0.6B is not downloaded (`bash scripts/download_qwen3.sh` gets it): measuring Qwen3-Tiny\n" in (
+        capsys.readouterr().err)
+
+
+def test_patience_ends(monkeypatch, capsys):
+    """On a machine that others use, as every desktop is, one wait is enough for the whole run."""
+    monkeypatch.setattr(machine, "BUSY", -1e9)
+    monkeypatch.setattr(machine, "LOOK", 0.01)
+    patience, measured = compete.Patience(0.05), []
+    for _ in range(20):
+        patience.undisturbed(lambda: measured.append(1) or {}, [])
+    assert len(measured) == 20 and patience.left == 0
+    assert "in 20 of 20 measurements" in patience.summary()
+    monkeypatch.setattr(machine, "BUSY", 1e9)
+    assert patience.undisturbed(lambda: {"seconds": 1}, []) == {"seconds": 1}
+    assert "in 20 of 21 measurements" in patience.summary()
 
 
 def test_a_neighbour_is_noticed():
@@ -139,6 +196,9 @@ def test_a_neighbour_is_noticed():
     (["--shape", "qwen3-0.6b", "--layers", "99"], "the shape has 28"), (["-m", "nothing"], "no such file"),
     (["-m", "Qwen3-Tiny", "--prefill", "2048"], "--prefill 2048: expected 1 to 2047"),
     (["-m", "Qwen3-Tiny", "--decode", "9", "4096"], "--decode 4096: "),
+    (["-m", "Qwen3-Tiny", "--json", "none/x.json"], "--json none/x.json: not a file in a folder that exists"),
+    (["-m", "Qwen3-MoE-Tiny", "--compile", "-d", "cpu"], "--compile needs a GPU for qwen3_moe"),
+    (["-m", "Qwen3-Tiny", "--compile", "--tricks"], "--compile goes with the usual measurement and with --plot only"),
     (["--rounds", "0"], "at least one"), (["-m", "Qwen3-Tiny", "--speculative"], "is for deepseek_v3")])
 def test_mistakes_are_one_sentence(monkeypatch, capsys, arguments, wrong):
     monkeypatch.setattr(machine, "read_bandwidth", lambda device: 1e9)

@@ -4,6 +4,7 @@ import builtins
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from qwen3.engine import arguments as shared
+from scripts.train import corpus
 from tests.packages import PACKAGES, module
 
 ROOT = Path(__file__).parents[1]
@@ -61,12 +63,23 @@ def test_new_sampling_flags_reach_generate(package, monkeypatch):
     assert seen[0][1].items() >= expected.items() and checked[0].items() >= expected.items()
 
 
-def test_flags_that_do_nothing_without_sampling_say_so(capfd, monkeypatch):
+@pytest.mark.parametrize("flag", ["-k", "--top-p", "--min-p", "--seed"])
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_flag_that_does_nothing_without_sampling_says_so(package, flag, capfd, monkeypatch):
+    seen_by_generate(monkeypatch, package)
+    main, name = module(package, "main").main, PACKAGES[package]
+    for temperature, said in (([], True), (["-t", "0"], True), (["-t", "1"], False)):
+        assert main(["-m", name, "-p", "x", flag, "1", *temperature]) == 0
+        assert (f"note: {flag}: without effect at temperature 0" in capfd.readouterr().err) == said
+
+
+def test_flags_that_do_nothing_are_said_in_one_line_and_penalties_do_something(capfd, monkeypatch):
     seen_by_generate(monkeypatch, "qwen3")
     main = module("qwen3", "main").main
-    for more, said in (([], True), (["-t", "1"], False)):
-        assert main(["-m", str(TINY), "-p", "x", "-k", "5", "--seed", "1", *more]) == 0
-        assert ("note: -k, --seed: without effect, since nothing is sampled" in capfd.readouterr().err) == said
+    assert main(["-m", str(TINY), "-p", "x", "-k", "5", "--seed", "1", "--repetition-penalty", "1.1"]) == 0
+    assert "note: -k, --seed: without effect at temperature 0" in capfd.readouterr().err
+    assert main(["-m", str(TINY), "-p", "x", "--repetition-penalty", "1.1", "--presence-penalty", "0.5"]) == 0
+    assert "without effect" not in capfd.readouterr().err
 
 
 def test_cut_off_says_why(capfd, monkeypatch):
@@ -153,6 +166,27 @@ def test_what_is_no_pipe_is_not_read(monkeypatch, capfd, tmp_path):
 
 
 # Folders
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_embedded_checkpoint_says_what_to_ask(package, capfd, monkeypatch, tmp_path):
+    """By whatever name it is found, and no other checkpoint says it."""
+    seen_by_generate(monkeypatch, package)
+    main, name = module(package, "main"), PACKAGES[package]
+    monkeypatch.setattr(main, "DEFAULT", "Moonlight-16B-A3B-Instruct")  # the longest, and not downloaded
+    monkeypatch.setattr(main, "CHECKPOINTS", tmp_path)
+    shutil.copytree(folder_of(package), tmp_path / name)
+    shutil.copytree(folder_of(package), tmp_path / "mine")
+    for model, said in (([], 1), (["-m", name], 1), (["-m", f"{tmp_path}/mine/../{name}/"], 1), (["-m", "mine"], 0)):
+        assert main.main(["-p", "x", *model]) == 0
+        notes = [line for line in capfd.readouterr().err.splitlines() if 'ask "What is RoPE?"' in line]
+        assert len(notes) == said
+        assert all(name in line and "420 words" in line and len(line) < 300 for line in notes)
+
+
+def test_the_number_of_words_is_that_of_the_glossary():
+    said = int(re.search(r"explains about (\d+) words", shared.ABOUT_EMBEDDED)[1])
+    assert abs(len(corpus.glossary()) - said) < 10
+
 
 DOWNLOAD = "bash scripts/download_x.sh"
 

@@ -16,6 +16,9 @@ from .terminal import PACKAGE, is_terminal, note
 
 MAX_NEW_TOKENS = 4096
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+ABOUT_EMBEDDED = (
+    'a tiny model that explains about 420 words of language models and adds small numbers; '
+    'ask "What is RoPE?", "Why do we need the KV cache?" or "What is 347 + 586?"')
 
 
 class Parser(argparse.ArgumentParser):
@@ -114,8 +117,7 @@ def find_checkpoint(name: str | None, checkpoints: Path, default: str, embedded:
         begun = any((checkpoints / default).glob("*"))
         why = (f"the download of {default} is not finished (`{download}` goes on)" if begun else
                f"{default} is not downloaded (`{download}` gets it)")
-        knows = f"using {embedded}, which knows only the words of this repository and sums"
-        return checkpoints / embedded, [f"{why}: {knows}"]
+        return checkpoints / embedded, [f"{why}: using {embedded}, {ABOUT_EMBEDDED}"]
     short = name if len(name) <= 80 else f"{name[:38]}…{name[-40:]}"
     try:
         with suppress(RuntimeError):  # "~" where no home is known
@@ -128,7 +130,8 @@ def find_checkpoint(name: str | None, checkpoints: Path, default: str, embedded:
                 folder = snapshot(folder).resolve()
                 if any(folder.glob("*.part")) and not is_whole(folder, parts=True):
                     raise ValueError(f"{short}: its download is not finished; `{download} {folder.name}` goes on")
-                return folder, []
+                is_embedded = folder == (checkpoints / embedded).resolve()
+                return folder, [f"{embedded} is {ABOUT_EMBEDDED}"] if is_embedded else []
         if Path(name).is_file():
             if name.lower().endswith(".gguf"):
                 raise ValueError(f"{short} is a GGUF file, and this project reads safetensors; get the checkpoint that "

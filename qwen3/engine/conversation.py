@@ -87,8 +87,9 @@ class Conversation:
             flags = {"-k": arguments.top_k, "--top-p": arguments.top_p, "--min-p": arguments.min_p,
                      "--seed": arguments.seed}
             idle = ", ".join(flag for flag, value in flags.items() if value is not None)
-            if idle and arguments.temperature is None:
-                yield f"{idle}: without effect, since nothing is sampled here without a -t above 0, such as -t 1"
+            if idle:
+                yield (f"{idle}: without effect at temperature 0, which always takes the likeliest token; sampling "
+                       "needs a -t above 0, such as -t 1")
 
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """The conversation as ids; ValueError if they leave no room in the context for an answer."""

@@ -26,10 +26,13 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--prefill", type=int, nargs="*", metavar="N", help="prompts of N tokens; default 512 and 4096, if they fit")
     add("--decode", type=int, nargs="*", metavar="N", help="tokens after N others; default 32 and 4096, if they fit")
     add("--rounds", type=int, default=3, metavar="N", help="default 3")
+    add("--patience", type=float, default=60, metavar="SECONDS",
+        help="wait so long, in all, for other programs to leave the machine alone; default 60")
     add("--compile", action="store_true", help="with torch.compile and static shapes")
-    add("--plot", action="store_true", help="what a token costs from a context of 512 to 32768")
-    add("--tricks", action="store_true", help="what each trick buys: ours against ours without it")
-    add("--speculative", action="store_true", help="tokens a second with drafts and without (deepseek_v3)")
+    what = parser.add_mutually_exclusive_group().add_argument
+    what("--plot", action="store_true", help="what a token costs as the context doubles, up to 32768 if it fits")
+    what("--tricks", action="store_true", help="what each trick buys: ours against ours without it")
+    what("--speculative", action="store_true", help="tokens a second with drafts and without (deepseek_v3)")
     add("--json", type=Path, metavar="FILE", help="write every single result there")
     return parser.parse_args(words)
 

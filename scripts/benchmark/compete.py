@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from . import machine
 from .report import Work
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 60  # seconds to wait for a quiet machine; after that the measurement is taken on a busy one
 
 
 def note(text: str, end: str = "\n") -> None:
@@ -55,17 +55,36 @@ class Contender:
         self.process.communicate()
 
 
-def undisturbed(measure, processes: list[int]) -> dict:
-    """Repeat `measure` until no other process used the machine meanwhile, five times at most."""
-    for attempt in range(5):
-        quiet = machine.wait_until_quiet(PATIENCE, progress)
-        neighbours = machine.Neighbours(os.getpid(), *processes)
-        result = measure()
-        if quiet and not neighbours.disturb():
-            break
-    else:
-        note("not a quiet machine: a disturbed measurement was kept")
-    return result
+class Patience:
+    """Seconds left in this run to wait for a quiet machine; when they are used up, a busy one is measured."""
+
+    def __init__(self, seconds: float):
+        self.left, self.measured, self.disturbed = seconds, 0, 0
+
+    def wait(self) -> bool:
+        start = time.perf_counter()
+        quiet = machine.wait_until_quiet(self.left, progress)
+        waited = time.perf_counter() - start - machine.LOOK  # one look is no waiting
+        self.left = max(0.0, self.left - waited) if quiet else 0.0
+        return quiet
+
+    def undisturbed(self, measure: Callable[[], dict], processes: list[int]) -> dict:
+        """Repeat `measure` until no other process used the machine meanwhile, five times at most."""
+        self.measured += 1
+        for _ in range(5):
+            quiet = self.wait()
+            neighbours = machine.Neighbours(os.getpid(), *processes)
+            result = measure()
+            if quiet and not neighbours.disturb():
+                return result
+            if not quiet:  # and it will not become so
+                break
+        self.disturbed += 1
+        return result
+
+    def summary(self) -> str:
+        return (f"other programs used this machine in {self.disturbed} of {self.measured} measurements; close them, or "
+                "wait longer with --patience SECONDS, if more than the ratios matters")
 
 
 def compete(folder: Path, work: Work, arguments: argparse.Namespace, rivals: dict[str, dict],
@@ -84,7 +103,7 @@ def compete(folder: Path, work: Work, arguments: argparse.Namespace, rivals: dic
             try:
                 for name, how in group.items():
                     progress(f"round {round_} of {arguments.rounds}: {name} starts")
-                    machine.wait_until_quiet(PATIENCE, progress)
+                    arguments.patience.wait()
                     running[name] = Contender(folder, work.package, arguments, **how)
                     results.setdefault("start", {}).setdefault(name, []).append(running[name].started)
                 processes = [contender.process.pid for contender in running.values()]
@@ -92,7 +111,7 @@ def compete(folder: Path, work: Work, arguments: argparse.Namespace, rivals: dic
                     label = f"{task['do']} {task['context']}"
                     for name, contender in running.items():
                         progress(f"round {round_} of {arguments.rounds}: {name}, {label}")
-                        result = undisturbed(lambda: contender.ask(**task), processes)
+                        result = arguments.patience.undisturbed(lambda: contender.ask(**task), processes)
                         results.setdefault(label, {}).setdefault(name, []).append(result)
             finally:
                 for contender in running.values():

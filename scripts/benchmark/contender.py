@@ -73,7 +73,7 @@ class Ours:
     def speculation(self, context: int, count: int) -> dict:
         """Tokens a second without drafts and with them, and how many tokens a step of the main model gave."""
         prompt = torch.randint(self.vocabulary, (context,), generator=torch.Generator().manual_seed(1)).tolist()
-        acceptance, seconds = sys.modules["deepseek_v3.speculative"].Acceptance(), {}
+        acceptance, seconds = import_module("deepseek_v3.speculative").Acceptance(), {}
         for name, flags in (("plain", {}), ("drafting", {"speculative": True, "acceptance": acceptance})):
             times, start = [], None
             for _ in self.generate.generate(self.model, prompt, max_new_tokens=count, **flags):

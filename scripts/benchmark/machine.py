@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 BUSY = 0.12  # cores that others may use; one busy neighbour slows two threads by a factor, not by a fraction
+LOOK = 0.3  # seconds to look at what others use
 
 
 def synchronize(device: torch.device) -> None:
@@ -94,7 +95,7 @@ def wait_until_quiet(patience: float, note) -> bool:
     start = time.perf_counter()
     while True:
         neighbours = Neighbours(os.getpid())
-        time.sleep(0.3)
+        time.sleep(LOOK)
         if not neighbours.disturb():
             return True
         if time.perf_counter() - start > patience:

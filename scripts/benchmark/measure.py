@@ -10,11 +10,12 @@ from statistics import median
 import torch
 
 from . import machine, shapes
-from .compete import PATIENCE, ROOT, compete, progress
-from .report import Work, growth, rates, ratios, table
-from .tricks import TRICKS
+from .compete import ROOT, Patience, compete, note, progress
+from .report import Work, growth, rates, ratios, size, table
+from .tricks import TRICKS, Trick
 
-PREFILL, DECODE = (512, 4096), (32, 4096)
+PREFILL, DECODE, PLOT = (512, 4096), (32, 4096), 32768
+IN_CACHE = 50e6  # bytes of weights that a processor's own cache may hold
 
 
 def find(arguments: argparse.Namespace) -> tuple[str, Path]:
@@ -26,8 +27,10 @@ def find(arguments: argparse.Namespace) -> tuple[str, Path]:
     if arguments.shape is None:
         if arguments.layers is not None:
             raise ValueError("--layers cuts a --shape; a checkpoint is measured as it is")
-        downloaded = (ROOT / "checkpoints/Qwen3-0.6B/config.json").exists()
-        name = arguments.model or ("Qwen3-0.6B" if downloaded else "Qwen3-Tiny")
+        name = arguments.model or "Qwen3-0.6B"
+        if arguments.model is None and not (ROOT / "checkpoints/Qwen3-0.6B/config.json").exists():
+            name = "Qwen3-Tiny"
+            note("note: Qwen3-0.6B is not downloaded (`bash scripts/download_qwen3.sh` gets it): measuring Qwen3-Tiny")
         return Path(name).name, Path(name) if Path(name).is_dir() else ROOT / "checkpoints" / name
     package, config = known[arguments.shape.lower()]
     config = shapes.cut(config, arguments.layers)
@@ -53,6 +56,52 @@ def shortened(n: int, room: int) -> int:
     return n
 
 
+def plotted(room: int) -> list[int]:
+    """Seven contexts, each twice the one before it, or as many as fit."""
+    last = shortened(PLOT, room)
+    return [last >> i for i in reversed(range(7)) if last >> i >= 32]
+
+
+def tricks_of(work: Work, device: str) -> dict[str, Trick | None]:
+    """What --tricks can leave out here; None stands for --compile."""
+    names = {"--compile": None} if can_compile(work, device) else {}
+    names |= {name: trick for name, trick in TRICKS.items() if work.package in trick.packages}
+    if device != "cpu" or not import_module(f"{work.package}.engine.fast").SLOW_IN_16_BITS:
+        names.pop("many rows in float32", None)  # not done here
+    return names
+
+
+def can_compile(work: Work, device: str) -> bool:
+    return work.package == "qwen3" or device != "cpu"  # needs experts in stacks
+
+
+def check(arguments: argparse.Namespace, work: Work) -> None:
+    """ValueError for what cannot be measured, before minutes are spent on it."""
+    if arguments.speculative and work.package != "deepseek_v3":
+        raise ValueError("--speculative is for deepseek_v3, whose MTP module can draft")
+    if arguments.compile and (arguments.speculative or arguments.tricks):
+        raise ValueError("--compile goes with the usual measurement and with --plot only")
+    if arguments.compile and not can_compile(work, arguments.device):
+        raise ValueError(f"--compile needs a GPU for {work.package}, whose experts are in stacks only there; leave it "
+                         "out")
+    if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.parent.is_dir()):
+        raise ValueError(f"--json {arguments.json}: not a file in a folder that exists")
+
+
+def say_what_fits(arguments: argparse.Namespace, name: str, work: Work, room: int) -> None:
+    """Which usual lengths are too long for the checkpoint's context."""
+    usual = [*(PREFILL if arguments.prefill is None else ()), *(DECODE if arguments.decode is None else ())]
+    if arguments.plot:
+        usual = [PLOT]
+    elif arguments.tricks:
+        usual = [trick.context for trick in tricks_of(work, arguments.device).values() if trick]
+    elif arguments.speculative:
+        usual = []
+    if long := [n for n in usual if n > room]:
+        note(f"note: {name} has a context of {work.context_length} tokens, so that lengths go up to "
+             f"{shortened(max(long), room)} instead of {max(long)}")
+
+
 def measure(arguments: argparse.Namespace) -> None:
     if arguments.shape == "list":
         return print("\n".join(shapes.published()))
@@ -61,8 +110,7 @@ def measure(arguments: argparse.Namespace) -> None:
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name, folder = find(arguments)
     work = Work.of(folder)
-    if arguments.speculative and work.package != "deepseek_v3":
-        raise ValueError("--speculative is for deepseek_v3, whose MTP module can draft")
+    check(arguments, work)
     count = 48 if arguments.device.startswith("cuda") else 16
     room = work.context_length - count - 3  # tokens before the measured ones; the first measured ones warm up
     prefill = contexts("--prefill", arguments.prefill, PREFILL, work.context_length - 1)
@@ -70,23 +118,28 @@ def measure(arguments: argparse.Namespace) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    machine.wait_until_quiet(PATIENCE, progress)
+    say_what_fits(arguments, name, work, room)
+    if work.file_bytes < IN_CACHE:
+        note(f"note: {size(work.file_bytes)} of weights fit in a processor's cache, so that a step is mostly Python: "
+             "far from the limits, and no guide to large models; --shape qwen3-0.6b measures one, with random weights")
+    arguments.patience = patience = Patience(arguments.patience)  # of the whole run
+    patience.wait()
     progress("measuring this machine's limits")
     rate, dtype = machine.matrix_rate(device)
     limits = {"bytes": machine.read_bandwidth(device), "operations": rate}
     progress("")
     where = (torch.cuda.get_device_name(device) if device.type == "cuda"
-             else f"{machine.processor_name()}, {torch.get_num_threads()} threads")
+             else f"{machine.processor_name()}, threads: {torch.get_num_threads()}")
     print(f"{name} on {where}, PyTorch {torch.__version__}")
     print(f"limits: reads {limits['bytes'] / 1e9:.1f} GB/s, multiplies {rate / 1e12:.2f} TFLOP/s in {str(dtype)[6:]}; "
-          f"a token reads {work.weight_bytes / 1e9:.3f} GB of the {work.file_bytes / 1e9:.2f} GB of weights and "
+          f"a token reads {size(work.weight_bytes)} of the {size(work.file_bytes)} of weights and "
           f"{work.cache_bytes / 1e3:.1f} kB for each token before it\n")
     tasks = [{"do": "prefill", "context": n} for n in prefill]
     tasks += [{"do": "decode", "context": n, "count": count} for n in decode]
     ours = {"who": "ours", "compiled": arguments.compile}
     results: dict = {}
     if arguments.plot:
-        tasks = [{"do": "decode", "context": 512 << i, "count": count} for i in range(7) if 512 << i <= room]
+        tasks = [{"do": "decode", "context": n, "count": count} for n in plotted(room)]
         results = compete(folder, work, arguments, {"ours": ours}, tasks)
         print("\n".join(growth(work, results, limits)))
     elif arguments.tricks:
@@ -109,6 +162,8 @@ def measure(arguments: argparse.Namespace) -> None:
             mine, theirs = (results["ids 32"][who][0]["ids"] for who in ("ours", arguments.against))
             same = next((i for i, (a, b) in enumerate(zip(mine, theirs)) if a != b), len(mine))
             print(f"\nthe first {same} of {len(mine)} greedy tokens are the same")
+    if patience.disturbed:
+        note(f"note: {patience.summary()}")
     if arguments.json:
         arguments.json.write_text(json.dumps({"name": name, "machine": where, "limits": limits, "work": asdict(work),
                                               "results": results}))
@@ -116,14 +171,9 @@ def measure(arguments: argparse.Namespace) -> None:
 
 def tricks(folder: Path, work: Work, arguments: argparse.Namespace, count: int, room: int) -> dict:
     """For each trick: ours against ours without it, where it matters most."""
-    print(f"{'trick':49}{'measured':14}{'without':>13}{'with':>13}   ratio (least-most)")
-    names = {"--compile": None} | {name: trick for name, trick in TRICKS.items() if work.package in trick.packages}
+    print(f"{'trick':49}{'measured':14}{'without':>16}{'with':>16}   ratio (least-most)")
     every: dict[str, dict] = {}
-    if work.package != "qwen3" and arguments.device == "cpu":
-        names.pop("--compile", None)  # needs experts in stacks
-    if arguments.device != "cpu" or not import_module(f"{work.package}.engine.fast").SLOW_IN_16_BITS:
-        names.pop("many rows in float32", None)  # not done here
-    for name, trick in names.items():
+    for name, trick in tricks_of(work, arguments.device).items():
         what, context = (trick.what, shortened(trick.context, room)) if trick else ("decode", 32)
         rivals = {"ours": {"who": "ours", "compiled": trick is None},
                   "without": {"who": "ours", "without": name if trick else None}}
@@ -135,6 +185,6 @@ def tricks(folder: Path, work: Work, arguments: argparse.Namespace, count: int, 
         else:
             label, form = "first token", "{:.2f} s"
             mine, other = ([one["first"] for one in results["start"][who]] for who in rivals)
-        print(f"{name:49}{label:14}{form.format(median(other)):>13}{form.format(median(mine)):>13}   "
+        print(f"{name:49}{label:14}{form.format(median(other)):>16}{form.format(median(mine)):>16}   "
               + "{:.2f} ({:.2f}-{:.2f})".format(*ratios(mine, other)), flush=True)
     return every

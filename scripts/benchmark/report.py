@@ -1,5 +1,6 @@
 """What was measured against what arithmetic expects: bytes, operations, tables."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -50,6 +51,10 @@ class Work:
         return 2 * self.matrix_values * tokens + self.attention_operations * tokens * (tokens + 1) // 2
 
 
+def size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
 def ratios(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
     """(median, least, most) of the rounds' own ratios ours/theirs: what slows a round slows both."""
     each = sorted(one / other for one, other in zip(ours, theirs))
@@ -65,21 +70,22 @@ def rates(results: dict, label: str, name: str) -> list[float]:
 def table(work: Work, results: dict, limits: dict, peer: str | None) -> list[str]:
     lines = [f"{'':24}{'ours':>15}{'limit':>15}{'reached':>9}" + (f"{peer:>15}   ratio (least-most)" if peer else "")]
 
-    def line(what: str, ours: list[float], theirs: list[float] | None, form: str, limit: float | None = None) -> None:
-        text = f"{what:24}{form.format(median(ours)):>15}"
-        text += f"{form.format(limit):>15}{median(ours) / limit:>9.0%}" if limit else f"{'':24}"
+    def line(what: str, ours: list[float], theirs: list[float] | None, form: Callable[[float], str],
+             limit: float | None = None) -> None:
+        text = f"{what:24}{form(median(ours)):>15}"
+        text += f"{form(limit):>15}{median(ours) / limit:>9.0%}" if limit else f"{'':24}"
         if theirs and all(theirs):
-            text += f"{form.format(median(theirs)):>15}   " + "{:.2f} ({:.2f}-{:.2f})".format(*ratios(ours, theirs))
-        lines.append(text)
+            text += f"{form(median(theirs)):>15}   " + "{:.2f} ({:.2f}-{:.2f})".format(*ratios(ours, theirs))
+        lines.append(text.rstrip())
 
-    def both(label: str, field: str, scale: float = 1) -> tuple[list[float], list[float] | None]:
-        of = {name: [one[field] / scale for one in every] for name, every in results[label].items()}
+    def both(label: str, field: str) -> tuple[list[float], list[float] | None]:
+        of = {name: [one[field] for one in every] for name, every in results[label].items()}
         return of["ours"], of.get(peer)
 
-    line("loading", *both("start", "load"), "{:.2f} s")
-    line("… to first token", *both("start", "first"), "{:.2f} s")
-    line("… with all imports", *both("start", "seconds"), "{:.2f} s")
-    line("memory beside the file", *both("start", "anonymous", 1e9), "{:.2f} GB")
+    line("loading", *both("start", "load"), "{:.2f} s".format)
+    line("… to first token", *both("start", "first"), "{:.2f} s".format)
+    line("… with all imports", *both("start", "seconds"), "{:.2f} s".format)
+    line("memory beside the file", *both("start", "anonymous"), size)
     for label in results:
         what, *context = label.split()
         if what in ("prefill", "decode"):
@@ -87,9 +93,9 @@ def table(work: Work, results: dict, limits: dict, peer: str | None) -> list[str
             limit = (n * limits["operations"] / work.operations_of_a_prompt(n) if what == "prefill"
                      else limits["bytes"] / work.bytes_of_a_token(n))
             theirs = rates(results, label, peer) if peer else None
-            line(label, rates(results, label, "ours"), theirs, "{:.1f} tok/s", limit)
+            line(label, rates(results, label, "ours"), theirs, "{:.1f} tok/s".format, limit)
             if what == "prefill":
-                line("  memory beside the file", *both(label, "anonymous", 1e9), "{:.2f} GB")
+                line("  memory beside the file", *both(label, "anonymous"), size)
     return lines
 
 
@@ -101,10 +107,10 @@ def growth(work: Work, results: dict, limits: dict) -> list[str]:
     lines = ["context     ms/token   bytes/token   if only the bytes of the cache were added"]
     scale = 48 / max(times.values())
     for context, ms in times.items():
-        size = work.bytes_of_a_token(context)
-        expected = times[first] + 1000 * (size - work.bytes_of_a_token(first)) / limits["bytes"]
+        read = work.bytes_of_a_token(context)
+        expected = times[first] + 1000 * (read - work.bytes_of_a_token(first)) / limits["bytes"]
         bar = "█" * round(ms * scale)
         at = round(expected * scale)
         bar = bar.ljust(at) [:at] + "│" + bar[at + 1:]
-        lines.append(f"{context:>7}{ms:>13.1f}{size / 1e9:>11.2f} GB{expected:>8.1f} ms  {bar}")
+        lines.append(f"{context:>7}{ms:>13.1f}{size(read):>14}{expected:>8.1f} ms  {bar}")
     return lines
