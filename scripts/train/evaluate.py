@@ -11,11 +11,12 @@ import torch
 
 from .corpus import DONT_KNOW, ask, entries, unknown_things
 from .data import SEED
-from .grade import VERDICTS, judge, questions
+from .grade import judge, questions
 from .sums import is_held_out
 
 WORDS = ("what", "explain", "why", "difference", "other")  # kinds of questions about a word of the glossary
-TURNS = 24  # of each conversation in words/conversations.jsonl
+GOOD = ("right", "half")
+TURNS = 24  # of each conversation, in words/conversations.jsonl too
 
 
 class Examinee:
@@ -48,9 +49,8 @@ class Examinee:
         return [judge(item, answer)
                 for item, answer in zip(items, self.answers([item["question"] for item in items], thinking))]
 
-    def conversation_verdicts(self, thinking: bool) -> list[list[str]]:
-        """One list for each turn: all conversations are held side by side, each with the model's own answers."""
-        talks = list(groups(questions("conversations"), TURNS))
+    def converse(self, talks: list[list[dict]], thinking: bool) -> list[list[str]]:
+        """Verdicts, one list for each turn: all talks are held side by side, each with the model's own answers."""
         histories, turns = [[] for _ in talks], []
         for items in zip(*talks):
             for history, item in zip(histories, items):
@@ -82,31 +82,38 @@ def held_out_sums(digits: int, count: int, numbers: int = 2) -> list[tuple[str, 
     return pairs
 
 
+def glossary_talks(count: int) -> list[list[dict]]:
+    """Conversations of 24 questions about words drawn at random."""
+    rng = random.Random(SEED)
+    return [[{"question": f"What is {entry.names[0]}?", "kind": "what", "about": entry.names[:1]}
+             for entry in rng.sample(entries(), TURNS)] for _ in range(count)]
+
+
 def evaluate(package: str, folder: Path) -> dict[str, float]:
     """The README's table: what -> share."""
     examinee, result = Examinee(package, folder), {}
-    for what, digits, count, numbers in (("2 digits", 2, 400, 2), ("3 digits", 3, 400, 2), ("4 digits", 4, 400, 2),
-                                         ("three of 2 digits", 2, 400, 3)):
-        result[f"held-out sums, {what}, thinking"] = examinee.share(held_out_sums(digits, count, numbers), True)
-    result["held-out sums, 2 digits, direct"] = examinee.share(held_out_sums(2, 400), False)
-    plain = [(f"What is {entry.names[0]}?", entry.what) for entry in entries()]
+    for what, digits, numbers in (("2 digits", 2, 2), ("3 digits", 3, 2), ("4 digits", 4, 2),
+                                  ("three of 2 digits", 2, 3)):
+        result[f"held-out sums, {what}, thinking"] = examinee.share(held_out_sums(digits, 300, numbers), True)
+    plain, exam = [(f"What is {entry.names[0]}?", entry.what) for entry in entries()], questions("heldout")
     for thinking in (False, True):
         mode = "thinking" if thinking else "direct"
         result[f"glossary, {mode}"] = examinee.share(plain, thinking)
-        items = questions("heldout")
-        verdicts = examinee.verdicts(items, thinking)
-        known = [verdict for verdict, item in zip(verdicts, items) if item["kind"] in WORDS]
-        result[f"own words, {mode}: right"] = known.count("right") / len(known)
-        result[f"own words, {mode}: right or half right"] = sum(known.count(v) for v in VERDICTS[:2]) / len(known)
-        result[f"everything in own words, {mode}: wrong"] = verdicts.count("wrong") / len(verdicts)
-        turns = examinee.conversation_verdicts(thinking)
-        shares = [sum(verdict in VERDICTS[:2] for verdict in turn) / len(turn) for turn in turns]
-        result[f"conversations of 24 questions, {mode}: turns 1 to 12"] = sum(shares[:12]) / 12
-        result[f"conversations of 24 questions, {mode}: turns 13 to 24"] = sum(shares[12:]) / 12
+        verdicts = examinee.verdicts(exam, thinking)
+        known = [verdict for verdict, item in zip(verdicts, exam) if item["kind"] in WORDS]
+        result[f"a word in own words, {mode}: right"] = known.count("right") / len(known)
+        result[f"a word in own words, {mode}: right or half right"] = sum(map(known.count, GOOD)) / len(known)
+        result[f"anything in own words, {mode}: wrong"] = verdicts.count("wrong") / len(verdicts)
+    turns = examinee.converse(glossary_talks(20), False)
+    worst = min(turn.count("right") / len(turn) for turn in turns)
+    result["24 glossary questions in one conversation: right, worst turn"] = worst
+    written = sum(examinee.converse(list(groups(questions("conversations"), TURNS)), False), [])
+    good = sum(map(written.count, GOOD)) / len(written)
+    result["24 mixed questions in one conversation: right or half right"] = good
     unknown = [(ask("What is {x}?", thing), DONT_KNOW) for thing in unknown_things()[1]]
     result["says that it does not know, held-out things"] = examinee.share(unknown, False)
     mixed = [question for question, _ in held_out_sums(3, 40)]
-    mixed += [item["question"] for item in questions("heldout") if item["kind"] in WORDS]
+    mixed += [item["question"] for item in exam if item["kind"] in WORDS]
     return result | least_used_expert(examinee, mixed) | accepted_drafts(examinee, mixed[::4])
 
 

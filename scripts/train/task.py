@@ -13,7 +13,7 @@ import torch
 from . import checkpoint, data, lora, own_data
 from .configs import KINDS, LEARNING_RATE
 from .corpus import Corpus
-from .training import adamw, fuse_long_rows, muon_and_adamw
+from .training import adamw, fuse_long_rows, muon_and_adamw, pad_experts
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ def make_model(plan: Plan, folder: Path) -> torch.nn.Module:
     if plan.lora:
         lora.add_lora(model, plan.package, plan.lora)
     fuse_long_rows(model, module(f"{plan.package}.engine.parts").FusedAttention)
+    pad_experts(model)
     if plan.compiled:
         for part in model.modules():
             if type(part).__name__ == "Layer":
