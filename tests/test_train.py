@@ -52,6 +52,7 @@ def small(monkeypatch):
     """Rows of 64 tokens and a tokenizer of 300 texts: what is tested here does not depend on their number."""
     texts = data.tokenizer_texts
     monkeypatch.setattr(data, "ROWS", {64: 1})
+    monkeypatch.setattr(task, "ANSWER", 16)  # tokens
     monkeypatch.setattr(data, "tokenizer_texts", lambda source: itertools.islice(texts(source), 300))
 
 
@@ -209,13 +210,13 @@ def test_the_balance_loss_lowers_a_busy_experts_probability():
     run = training.Training(make("qwen3_moe"), [], lambda step: None)
     router = balance.routers(run.model)[0]
     with torch.no_grad():
-        router.weight[0] += 0.5 * router.weight[0].sign()
+        router.weight[0] += 0.05 * router.weight[0].sign()
     x = router.weight[0].detach().repeat(8, 1)
     router(x)
     run.balance_loss.loss().backward()
     before = router.logits(x).softmax(-1)[:, 0].mean()
     with torch.no_grad():
-        router.weight -= 0.1 * router.weight.grad
+        router.weight -= 0.01 * router.weight.grad
     assert router.logits(x).softmax(-1)[:, 0].mean() < before
 
 
@@ -236,12 +237,25 @@ def make(package: str) -> torch.nn.Module:
     return module(package, "model").Model(config)
 
 
+@pytest.mark.parametrize("package", ["qwen3_moe", "deepseek_v3"])
+def test_rows_of_zeros_beside_an_experts_tokens_change_nothing(package):
+    plain, padded = (module(package, "weights").load_model(embedded(package), dtype=torch.float32, engine=False)
+                     for _ in range(2))
+    training.pad_experts(padded)
+    ids = torch.randint(0, 300, (3, 40))
+    torch.testing.assert_close(padded(ids), plain(ids))
+    for model in (plain, padded):
+        model(ids).square().mean().backward()
+    for one, other in zip(plain.parameters(), padded.parameters()):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_batch_is_learned_by_heart(package, tmp_path):
-    run = learn.Run(plan(package, steps=40), tmp_path)
+    run = learn.Run(plan(package, steps=24), tmp_path)
     batch = run.training.batch(0)
     run.training.batch = lambda step: batch
-    first = [run.training.run_step(40) for _ in range(40)]
+    first = [run.training.run_step(24) for _ in range(24)]
     assert first[0] == pytest.approx(math.log(run.model.config.vocab_size), rel=0.05) and first[-1] < 1.0
 
 
@@ -391,8 +405,8 @@ def test_lora_begins_as_the_model_and_is_merged_into_it(package):
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
 
 
-@pytest.mark.parametrize("lora", [[], ["--lora", "8"]], ids=["full", "lora"])
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package, lora", [
+    ("qwen3", []), pytest.param("qwen3_moe", ["--lora", "8"], marks=pytest.mark.slow), ("deepseek_v3", ["--lora", "8"])])
 def test_fine_tuning_learns_and_keeps_the_files(package, lora, tmp_path, capsys):
     folder = tmp_path / "mine"
     questions = str(write(tmp_path / "q.jsonl", QUESTIONS[:1]))

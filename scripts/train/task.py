@@ -16,6 +16,9 @@ from .corpus import Corpus
 from .training import adamw, fuse_long_rows, muon_and_adamw, pad_experts
 
 
+ANSWER = 80  # tokens of an answer that is shown, at most
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is trained and how: the command line's choices, which an unfinished training must agree with."""
@@ -96,14 +99,14 @@ class Task:
             return [(each.messages[-1]["content"], each.thought is not None) for each in chosen]
         return self.QUESTIONS
 
-    def answer(self, model: torch.nn.Module, question: str, thinking: bool, max_new_tokens: int = 80) -> str:
+    def answer(self, model: torch.nn.Module, question: str, thinking: bool, max_new_tokens: int | None = None) -> str:
         """Greedy, by the model as it now is."""
         tokenizer = self.tokenizer
         prompt = (tokenizer.bos_ids + tokenizer.encode(question) if self.text else
                   tokenizer.chat([{"role": "user", "content": question}], thinking))
         # A cache and no gradients would be another thing to compile.
         with torch.autocast("cpu", torch.bfloat16), torch.compiler.set_stance("force_eager"):
-            ids = list(self.module("generate").generate(model, prompt, max_new_tokens=max_new_tokens,
+            ids = list(self.module("generate").generate(model, prompt, max_new_tokens=max_new_tokens or ANSWER,
                                                         stop_ids=model.config.eos_token_id))
         return " ".join(tokenizer.decode(ids).rpartition(END_THINK)[2].split())
 
