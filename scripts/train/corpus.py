@@ -135,12 +135,20 @@ def spell(entry: Entry, rng: random.Random) -> str:
     article, _, noun = name.partition(" ") if re.match(r"(a|an|the) ", name) else ("", "", name)
     if rng.random() < 0.15:
         noun = rng.choice([noun.replace("-", " "), noun.replace("-", ""), noun.replace(" ", "-"),
-                           noun.replace(" ", ""), noun.replace("_", " ")])
-    if article and rng.random() < 0.3:
-        article = rng.choice(["", "", "the", "a"])
-        if not article and noun[-1] not in "sy" and rng.random() < 0.4:
-            noun += "s"
+                           noun.replace(" ", ""), noun.replace("_", " "), noun.replace("_", "")])
+    if rng.random() < 0.08:
+        noun = re.sub(f"(?i)^({PREFIXES})(?=[a-z]{{3}})", rng.choice([r"\1-", r"\1 "]), noun)
+    if rng.random() < 0.3:
+        noun = noun.replace("iz", "is").replace("vior", "viour").replace("eighbor", "eighbour")  # British
+    if article in ("a", "an") and rng.random() < 0.4:
+        plural = noun[:-1] + "ies" if noun.endswith("y") and noun[-2] not in "aeiou" else noun + "s"
+        return rng.choice([plural, plural, noun, f"the {noun}", f"my {noun}", f"these {plural}"])
+    if article and rng.random() < 0.25:
+        article = rng.choice(["", "", "a", "this"])
     return f"{article} {noun}".strip()
+
+
+PREFIXES = "back|over|under|pre|post|fine|non|multi|self|auto|re|hyper|super|sub|de|cross|byte|soft|flash|para|micro"
 
 
 def loosely(phrasing: str, rng: random.Random) -> str:
@@ -172,13 +180,13 @@ def in_haste(question: str, rng: random.Random, typing_errors: bool) -> str:
     """The same question with a greeting, without capitals, without its question mark, with a typing error."""
     if rng.random() < 0.06:
         question = rng.choice(GREETINGS) + question
-    if rng.random() < 0.4:
+    if rng.random() < 0.6:
         question = question.lower()
-    if rng.random() < 0.35:
+    if rng.random() < 0.5:
         question = question.rstrip("?.!")
     if rng.random() < 0.1:
         question = question.replace("What is", "What's").replace("what is", "whats").replace("'", "")
-    if typing_errors and rng.random() < 0.15:
+    for _ in range(rng.choice([0] * 16 + [1, 1, 1, 2]) if typing_errors else 0):
         question = mistyped(question, rng)
     return question
 
