@@ -18,13 +18,15 @@ COMMANDS = re.findall(r"^\| `([^`]+)` \| .+ \|$", (SCRIPTS / "README.md").read_t
 
 
 def name_of(command: str) -> str:
-    """What a command starts: scripts/x.sh or scripts.x."""
-    return re.search(r"scripts/\w+\.sh|(?<=-m )scripts\.\w+", command)[0]
+    """What a command starts: scripts/x.sh, scripts.x, or scripts.folder.x."""
+    return re.search(r"scripts/\w+\.sh|(?<=-m )scripts(\.\w+)+", command)[0]
 
 
 def test_the_readme_names_each_command_once():
     modules = [path.stem for path in SCRIPTS.glob("*.py") if path.stem != "__init__"]
     modules += [path.parent.name for path in SCRIPTS.glob("*/__main__.py")]
+    modules += [f"{path.parent.name}.{path.stem}" for path in SCRIPTS.glob("*/*.py")
+                if f'prog="python -m scripts.{path.parent.name}.{path.stem}"' in path.read_text("utf-8")]
     there = [f"scripts/{path.name}" for path in SCRIPTS.glob("*.sh")] + [f"scripts.{module}" for module in modules]
     assert sorted(map(name_of, COMMANDS)) == sorted(there)
     assert all(command.startswith(("uv run ", "bash ")) for command in COMMANDS)
