@@ -42,12 +42,13 @@ def test_losses_of_a_whole_run_are_drawn_and_kept(tmp_path, monkeypatch):
     kept, drawn = json.loads(pictures.NUMBERS.read_text()), (tmp_path / "loss.svg").read_bytes()
     assert kept.keys() == {"loss"} and kept["loss"]["steps"] == 700 and len(kept["loss"]["losses"]) == 300
     assert pictures.main(["--draw"]) == 0 and (tmp_path / "loss.svg").read_bytes() == drawn
-    losses.write_text("[3, 3]")  # any list: no step down, two steps
-    assert pictures.main(["--losses", str(losses)]) == 0
-    ElementTree.parse(tmp_path / "loss.svg")
+    for text in ("[3, 3]", "[5, 0, 0.00002, 0]", "[99, 1e-9]"):  # any list
+        losses.write_text(text)
+        assert pictures.main(["--losses", str(losses)]) == 0
+        ElementTree.parse(tmp_path / "loss.svg")
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", "[1, 0]", "[1, NaN]", "[1, Infinity]", '["1", 2]', "[true, 2]",
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "[1, -1]", "[1, NaN]", "[1, Infinity]", '["1", 2]', "[true, 2]",
                                   f"[1, 1{'0' * 400}]", "[" * 100_000, None])
 def test_other_losses_are_refused_in_one_sentence(tmp_path, text, capsys):
     path = tmp_path / "losses.json"

@@ -97,7 +97,8 @@ def apart(places: list[float], gap: float) -> list[float]:
     order, moved = sorted(range(len(places)), key=places.__getitem__), list(places)
     for above, below in zip(order, order[1:]):
         moved[below] = max(moved[below], moved[above] + gap)
-    return moved
+    shift = sum(map(float.__sub__, moved, places)) / len(places)  # so that they move up as much as down
+    return [place - shift for place in moved]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -127,11 +128,11 @@ def draw_schedule(numbers: dict) -> str:
 
 def draw_optimizers(numbers: dict) -> str:
     steps, runs = numbers["steps"], numbers["runs"]
-    picture, top = Picture(320), math.ceil(max(loss for run in runs.values() for loss in run["losses"]))
+    picture, losses = Picture(320), [loss for run in runs.values() for loss in run["losses"]]
     picture.text(24, 30, "The same model and the same batches, moved by three optimizers", "head")
-    picture.text(24, 50, "loss, in nats", "soft")
-    axes = Axes(picture, (50, 64, 450, 216), (0, steps), (1, top))
-    axes.draw([0, steps // 2, steps], range(1, top + 1))
+    picture.text(24, 50, "loss, in nats, on a logarithmic scale", "soft")
+    axes = Axes(picture, (50, 64, 450, 216), (0, steps), (min(losses) / 1.1, max(losses) * 1.02), log=True)
+    axes.draw([0, steps // 2, steps], [y for y in range(1, 10) if min(losses) < y < max(losses)])
     ends = [axes.curve(list(zip(middles(run["losses"], steps), run["losses"])), color)
             for run, color in zip(runs.values(), "bca")]
     for (name, run), color, height in zip(runs.items(), "bca", apart([y for _, y in ends], 38)):
@@ -180,37 +181,38 @@ def draw_balance(numbers: dict) -> str:
 
 
 def draw_bias(numbers: dict) -> str:
-    steps, window, runs = numbers["steps"], numbers["window"], numbers["runs"]
-    ends = runs["with"]["bias"][-1]
-    busy, idle = ends.index(min(ends)), ends.index(max(ends))
-    picture, E = Picture(320), len(ends)
+    steps, window, without, found = numbers["steps"], numbers["window"], *numbers["runs"].values()
+    ends, E = found["bias"][-1], len(found["bias"][-1])
+    load = [sum(row[e] for row in without["load"][-5:]) for e in range(E)]
+    tallest, widest = max(map(max, without["load"] + found["load"])), max(map(abs, sum(found["bias"], [])))
+    step = max(tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2) if tick <= max(widest, 0.01))
+    picture, even, extremes = Picture(316), f"{1 / E:.1%}", (ends.index(min(ends)), ends.index(max(ends)))
     picture.text(24, 30, "A bias moves against the load: one layer of a small deepseek_v3", "head")
-    tallest = max(map(max, runs["without"]["load"] + runs["with"]["load"]))
-    widest = max(map(abs, sum(runs["with"]["bias"], [])))
-    panels = [("load of each expert, no bias", runs["without"]["load"], (0, tallest), [0, 0.1, 0.2]),
-              ("load with the bias", runs["with"]["load"], (0, tallest), [0, 0.1, 0.2]),
-              ("the bias", runs["with"]["bias"], (-widest, widest), [-0.1, 0, 0.1])]
-    for left, (head, table, y, ticks) in zip((56, 282, 518), panels):
-        axes = Axes(picture, (left, 78, 160, 190), (0, steps), y)
+    # heading, what is under it, the values, which two experts are marked, and the axis
+    panels = [("choices, without the bias", ("some experts are busy,", "others idle"), without["load"],
+               (load.index(max(load)), load.index(min(load))), (0, tallest), [0, 0.1, 0.2], "{:.0%}"),
+              ("choices, with the bias", ("all come near", f"an even share, {even}"), found["load"],
+               extremes, (0, tallest), [0, 0.1, 0.2], "{:.0%}"),
+              ("the bias", ("down where an expert is", "busy, up where it is idle"), found["bias"],
+               extremes, (-widest, widest), [-step, 0, step], "{:+g}")]
+    for left, (head, below, table, marked, y, ticks, form) in zip((56, 286, 516), panels):
+        axes = Axes(picture, (left, 78, 150, 160), (0, steps), y)
         picture.text(left, 60, head)
-        axes.draw([0, steps], ticks, ("{:+g}" if head == "the bias" else "{:.0%}").format)
-        at = middles(table, steps)
-        for e in sorted(range(E), key=lambda e: e in (busy, idle)):  # the gray ones first
-            kind = {busy: "b", idle: "a"}.get(e, "g thin")
-            axes.curve([(x, row[e]) for x, row in zip(at, table)], kind)
-        if head != "load with the bias":
-            _, y0 = axes.place(0, table[-1][busy])
-            _, y1 = axes.place(0, table[-1][idle])
-            picture.text(left + 162, y0 + 4, str(busy), "b label")
-            picture.text(left + 162, y1 + 4, str(idle), "a label")
-    picture.text(24, 308, f"Expert {busy} is chosen too often: its bias falls.", "b label")
-    picture.text(370, 308, f"Expert {idle} is chosen too rarely: its bias rises.", "a label")
-    load = {name: [sum(row[e] for row in run["load"][-5:]) / 5 for e in range(E)] for name, run in runs.items()}
+        axes.draw([0, steps], ticks, lambda value: form.format(value) if value else "0")
+        for e in sorted(range(E), key=marked.__contains__):  # the gray ones first
+            kind = dict(zip(marked, "ba")).get(e, "g thin")
+            axes.curve([(x, row[e]) for x, row in zip(middles(table, steps), table)], kind)
+        for height, e, color in zip(apart([axes.place(0, table[-1][e])[1] for e in marked], 14), marked, "ba"):
+            picture.text(left + 153, height + 4, str(e), f"{color} label")
+        for i, words in enumerate(below):
+            picture.text(left, 282 + 16 * i, words, "soft")
+    shares = [[sum(row[e] for row in run["load"][-5:]) / 5 for e in range(E)] for run in (without, found)]
+    (least, most), (least_with, most_with) = ((min(each), max(each)) for each in shares)
     return picture.svg("The load of the experts of one layer, and the bias that evens it", (
         f"A small deepseek_v3 over {steps} steps, in windows of {window}. Without the bias the shares of the {E} "
-        f"experts end between {min(load['without']):.1%} and {max(load['without']):.1%} of the choices; with it "
-        f"between {min(load['with']):.1%} and {max(load['with']):.1%}, where an even share is {1 / E:.1%}. The biases "
-        f"end between {min(ends):+.2f} (expert {busy}) and {max(ends):+.2f} (expert {idle})."))
+        f"experts end between {least:.1%} and {most:.1%} of the choices; with it between {least_with:.1%} and "
+        f"{most_with:.1%}, where an even share is {even}. The biases end between {min(ends):+.2f} (expert "
+        f"{extremes[0]}) and {max(ends):+.2f} (expert {extremes[1]}). The numbers at the curves are the experts'."))
 
 
 def without_repeats(answer: str) -> str:

@@ -45,16 +45,20 @@ def read_losses(path: Path) -> list[float]:
     except (ValueError, RecursionError):
         raise ValueError(f"{path} is no JSON; --losses takes a list of numbers, one a step") from None
     if not isinstance(losses, list) or len(losses) < 2 or not all(
-            isinstance(loss, int | float) and not isinstance(loss, bool) and 0 < loss < LARGEST for loss in losses):
-        raise ValueError(f"{path}: --losses takes a JSON list of two or more numbers, one a step, each above 0 and under "
-                         f"{LARGEST:g}")
+            isinstance(loss, int | float) and not isinstance(loss, bool) and 0 <= loss < LARGEST for loss in losses):
+        raise ValueError(f"{path}: --losses takes a JSON list of two or more numbers, one a step, "
+                         f"each from 0 to under {LARGEST:g}")
     return losses
 
 
 def whole_run(losses: list[float]) -> dict:
-    end = losses[-20:]  # in which single batches differ
-    return {"steps": len(losses), "first": round(losses[0], 4), "last": round(sum(end) / len(end), 4),
-            "losses": [round(loss, 4) for loss in thin(losses, 300)]}
+    """At most 300 means of neighbors, the first loss, and the mean of the last ones, in which single batches differ."""
+    def short(loss: float) -> float:
+        return float(f"{max(loss, 1e-5):.4g}")  # the scale is logarithmic
+
+    end = losses[-20:]
+    return {"steps": len(losses), "first": short(losses[0]), "last": short(sum(end) / len(end)),
+            "losses": [short(loss) for loss in thin(losses, 300)]}
 
 
 def read_numbers() -> dict:
