@@ -47,7 +47,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--lora", type=positive, metavar="RANK",
         help="with --from: train only two narrow matrices beside each linear layer")
     add("--rate", type=number(float, 1e-9, "a rate above 0"), metavar="R",
-        help="learning rate; default 1e-2 (deepseek_v3 4e-3) from nothing, less with --from")
+        help="learning rate; default 5e-3 (deepseek_v3 4e-3) from nothing, less with --from")
     add("--tokens", type=number(int, 16, "a whole number of 16 or more"), metavar="N",
         help="tokens of one step; default 4096, with --from 1024")
     add("--compile", dest="compiled", action="store_true",

@@ -46,7 +46,7 @@ def muon_and_adamw(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]
     matrices = [p for name, p in trained if p.ndim == 2 and "layers" in name]
     others = [p for name, p in trained if not (p.ndim == 2 and "layers" in name)]
     return [torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-            *adamw(others, 3e-3)]
+            *adamw(others, 4 * rate)]  # 0.3 times Muon's learned far more slowly: 0.83 against 0.27 after 300 steps
 
 
 def adamw(parameters: nn.Module | list[nn.Parameter], rate: float) -> list[torch.optim.Optimizer]:
