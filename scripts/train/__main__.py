@@ -76,8 +76,8 @@ def train(arguments: argparse.Namespace) -> int:
     if arguments.lora and not source:
         raise ValueError("--lora changes a checkpoint that is there: name it with --from")
     if arguments.compiled and arguments.package != "qwen3":
-        raise ValueError(f"--compile is of no use for {arguments.package}: each expert gets another number of tokens at "
-                         "every step, and is compiled again and again; leave it out")
+        raise ValueError(f"--compile is of no use for {arguments.package}: each expert gets another number of tokens "
+                         "at every step, and is compiled again and again; leave it out")
     if source and not arguments.data:
         raise ValueError("--from needs --data FILE: what the checkpoint is to learn")
     if source and source.resolve() == folder.resolve():

@@ -20,8 +20,9 @@ LARGEST = 100.0  # a loss in nats: exp(100) is more tokens than there are
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m scripts.train.pictures", allow_abbrev=False,
                                      description="Make the pictures of scripts/train/README.md from small runs.")
-    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help=f"{', '.join(DRAW)}; default: all. Each takes up to "
-                        "four minutes on one core, except loss: it is not trained here, see --losses")
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE",
+                        help=f"{', '.join(DRAW)}; default: all. Each takes up to four minutes on one core, "
+                        "except loss: it is not trained here, see --losses")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--draw", action="store_true", help="train nothing, draw from the numbers that are kept")
     instead.add_argument("--losses", type=Path, metavar="FILE",

@@ -99,14 +99,14 @@ class Task:
             return [(each.messages[-1]["content"], each.thought is not None) for each in chosen]
         return self.QUESTIONS
 
-    def answer(self, model: torch.nn.Module, question: str, thinking: bool, max_new_tokens: int | None = None) -> str:
-        """Greedy, by the model as it now is."""
+    def answer(self, model: torch.nn.Module, question: str, thinking: bool, length: int | None = None) -> str:
+        """Greedy, by the model as it now is; at most `length` tokens."""
         tokenizer = self.tokenizer
         prompt = (tokenizer.bos_ids + tokenizer.encode(question) if self.text else
                   tokenizer.chat([{"role": "user", "content": question}], thinking))
         # A cache and no gradients would be another thing to compile.
         with torch.autocast("cpu", torch.bfloat16), torch.compiler.set_stance("force_eager"):
-            ids = list(self.module("generate").generate(model, prompt, max_new_tokens=max_new_tokens or ANSWER,
+            ids = list(self.module("generate").generate(model, prompt, max_new_tokens=length or ANSWER,
                                                         stop_ids=model.config.eos_token_id))
         return " ".join(tokenizer.decode(ids).rpartition(END_THINK)[2].split())
 
