@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -361,7 +362,8 @@ def test_a_wrong_line_of_data_is_named(tmp_path, capsys, line, said):
     (["--from", "nowhere", "--data", "pyproject.toml"], "nowhere: neither a folder"),
     (["--minutes", "0"], "'0' is not"),
     (["--steps", "-1"], "'-1' is not"), (["--steps", "3", "--minutes", "2"], "not allowed"),
-    (["--seed", "x"], "'x' is not")])
+    (["--seed", "x"], "'x' is not"), (["-d", "nowhere"], "device 'nowhere' is not usable"),
+    (["--lora", "4", "--compile"], "--from")])
 def test_a_wrong_flag_is_one_sentence(tmp_path, capsys, words, said):
     try:
         code = main(["qwen3", *words, "--output", str(tmp_path / "out")])
@@ -419,6 +421,21 @@ def test_fine_tuning_learns_and_keeps_the_files(package, lora, tmp_path, capsys)
     saved, source = load_file(folder / "model.safetensors"), load_file(embedded(package) / "model.safetensors")
     assert {name: (t.dtype, t.shape) for name, t in saved.items()} == {
         name: (t.dtype, t.shape) for name, t in source.items()}
+
+
+def test_what_cannot_be_trained_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    source = shutil.copytree(embedded("qwen3"), tmp_path / "Tiny")
+    config = module("qwen3", "config").Config.from_checkpoint(source)
+    monkeypatch.setattr(module("qwen3", "weights"), "free_memory", lambda device: 1e7)
+    with pytest.raises(ValueError, match="Tiny: training 0.0 billion parameters takes more than 0.0 GB"):
+        task.check_trainable(plan("qwen3", source=str(source)), config)
+    task.check_trainable(plan("qwen3", source=str(source), lora=8), config)  # an eighth
+    with pytest.raises(ValueError, match="FP8 weights cannot be trained here"):
+        task.check_trainable(plan("qwen3", source=str(source)), replace(config, quantization="fp8"))
+
+
+def test_the_three_questions_are_held_out():
+    assert {question for question, _ in task.Task.QUESTIONS} <= {item["question"] for item in grade.questions("heldout")}
 
 
 # What is shown

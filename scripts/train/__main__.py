@@ -5,6 +5,7 @@ minute it answers the same three questions. Ctrl-C stops it, and the same comman
 """
 
 import argparse
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -52,6 +53,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         help="tokens of one step; default 4096, with --from 1024")
     add("--compile", dest="compiled", action="store_true",
         help="torch.compile the layers of a dense model: faster, after a minute; needs a C++ compiler")
+    add("-d", "--device", default="cpu", help="default cpu; a GPU, such as cuda, is faster for real checkpoints")
     add("--threads", type=positive, metavar="N", help="default: PyTorch's choice")
     add("--evaluate-only", action="store_true", help="measure the embedded checkpoint, or the one in --output")
     return parser.parse_args(words)
@@ -60,8 +62,6 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def find_source(arguments: argparse.Namespace) -> Path | None:
     if arguments.source is None:
         return None
-    import importlib
-
     main = importlib.import_module(f"{arguments.package}.main")
     folder, _ = main.find_checkpoint(arguments.source, main.CHECKPOINTS, main.DEFAULT, main.EMBEDDED, main.DOWNLOAD)
     return folder
@@ -73,6 +73,7 @@ def train(arguments: argparse.Namespace) -> int:
     name = KINDS[arguments.package][0]
     folder = arguments.output or ROOT / "checkpoints" / f"my-{name}"
     source = find_source(arguments)
+    importlib.import_module(f"{arguments.package}.engine.memory").find_device(arguments.device)
     if arguments.lora and not source:
         raise ValueError("--lora changes a checkpoint that is there: name it with --from")
     if arguments.compiled and arguments.package != "qwen3":
@@ -86,7 +87,7 @@ def train(arguments: argparse.Namespace) -> int:
         arguments.package, None if arguments.steps else arguments.minutes or 10.0, arguments.steps, arguments.seed,
         arguments.data and str(arguments.data), task.digest(arguments.data), source and str(source), arguments.lora,
         arguments.rate, arguments.tokens or (1024 if source else 4096), arguments.compiled,
-        arguments.threads or learn.torch.get_num_threads())
+        arguments.threads or learn.torch.get_num_threads(), arguments.device)
     return learn.learn(plan, folder, arguments.replace, arguments.restart)
 
 

@@ -34,6 +34,7 @@ class Plan:
     tokens: int  # of one step
     compiled: bool
     threads: int
+    device: str = "cpu"
 
 
 def digest(path: Path | None) -> str | None:
@@ -87,7 +88,8 @@ class Task:
         checkpoint.write_new(folder, self.plan.package, library, chat=not self.text)
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return data.batch(self.rows, self.plan.seed, step, self.lengths, self.plan.tokens)
+        ids, targets = data.batch(self.rows, self.plan.seed, step, self.lengths, self.plan.tokens)
+        return ids.to(self.plan.device), targets.to(self.plan.device)
 
     def questions(self) -> list[tuple[str, bool]]:
         """(question, thinking); of a text, the beginnings of three of its lines."""
@@ -105,7 +107,7 @@ class Task:
         prompt = (tokenizer.bos_ids + tokenizer.encode(question) if self.text else
                   tokenizer.chat([{"role": "user", "content": question}], thinking))
         # A cache and no gradients would be another thing to compile.
-        with torch.autocast("cpu", torch.bfloat16), torch.compiler.set_stance("force_eager"):
+        with torch.autocast(self.plan.device.partition(":")[0], torch.bfloat16), torch.compiler.set_stance("force_eager"):
             ids = list(self.module("generate").generate(model, prompt, max_new_tokens=length or ANSWER,
                                                         stop_ids=model.config.eos_token_id))
         return " ".join(tokenizer.decode(ids).rpartition(END_THINK)[2].split())
@@ -115,10 +117,11 @@ def make_model(plan: Plan, folder: Path) -> torch.nn.Module:
     """From nothing, or from a checkpoint: in float32 to train all of it, in its own type to train LoRA."""
     module = importlib.import_module
     if not plan.source:
-        model = checkpoint.new_model(folder, plan.package)
+        model = checkpoint.new_model(folder, plan.package).to(plan.device)
     else:
-        dtype = None if plan.lora else torch.float32
-        model = module(f"{plan.package}.weights").load_model(plan.source, dtype=dtype, engine=False)
+        weights, dtype = module(f"{plan.package}.weights"), None if plan.lora else torch.float32
+        check_trainable(plan, module(f"{plan.package}.config").Config.from_checkpoint(plan.source))
+        model = weights.load_model(plan.source, plan.device, dtype, engine=False)
     if plan.lora:
         lora.add_lora(model, plan.package, plan.lora)
     fuse_long_rows(model, module(f"{plan.package}.engine.parts").FusedAttention)
@@ -128,6 +131,23 @@ def make_model(plan: Plan, folder: Path) -> torch.nn.Module:
             if type(part).__name__ == "Layer":
                 part.compile(dynamic=True)
     return model
+
+
+def check_trainable(plan: Plan, config) -> None:
+    """ValueError for what cannot be trained, before its weights are read."""
+    if config.quantization:
+        raise ValueError(f"{plan.source}: {config.quantization.upper()} weights cannot be trained here; start from the "
+                         "bfloat16 release of the same model")
+    with torch.device("meta"):
+        model = importlib.import_module(f"{plan.package}.model").Model(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    # Full: a float32 weight, its gradient and AdamW's two means. LoRA: the weight in its own type.
+    needed = parameters * (2 if plan.lora else 16)
+    free = importlib.import_module(f"{plan.package}.weights").free_memory(torch.device(plan.device))
+    if free is not None and needed > free:
+        cure = "take a smaller checkpoint" if plan.lora else "--lora 8 takes an eighth of it"
+        raise ValueError(f"{Path(plan.source).name}: training {parameters / 1e9:.1f} billion parameters takes more than "
+                         f"{needed / 1e9:.1f} GB, and {plan.device} has {free / 1e9:.1f} GB free; {cure}")
 
 
 def optimizers_of(plan: Plan, model: torch.nn.Module) -> list[torch.optim.Optimizer]:
