@@ -435,7 +435,8 @@ def test_what_cannot_be_trained_is_refused_before_it_is_read(tmp_path, monkeypat
 
 
 def test_the_three_questions_are_held_out():
-    assert {question for question, _ in task.Task.QUESTIONS} <= {item["question"] for item in grade.questions("heldout")}
+    exam = {item["question"] for item in grade.questions("heldout")}
+    assert {question for question, _ in task.Task.QUESTIONS} <= exam
 
 
 # What is shown

@@ -106,8 +106,9 @@ class Task:
         tokenizer = self.tokenizer
         prompt = (tokenizer.bos_ids + tokenizer.encode(question) if self.text else
                   tokenizer.chat([{"role": "user", "content": question}], thinking))
+        device, _, _ = self.plan.device.partition(":")
         # A cache and no gradients would be another thing to compile.
-        with torch.autocast(self.plan.device.partition(":")[0], torch.bfloat16), torch.compiler.set_stance("force_eager"):
+        with torch.autocast(device, torch.bfloat16), torch.compiler.set_stance("force_eager"):
             ids = list(self.module("generate").generate(model, prompt, max_new_tokens=length or ANSWER,
                                                         stop_ids=model.config.eos_token_id))
         return " ".join(tokenizer.decode(ids).rpartition(END_THINK)[2].split())
@@ -146,8 +147,8 @@ def check_trainable(plan: Plan, config) -> None:
     free = importlib.import_module(f"{plan.package}.weights").free_memory(torch.device(plan.device))
     if free is not None and needed > free:
         cure = "take a smaller checkpoint" if plan.lora else "--lora 8 takes an eighth of it"
-        raise ValueError(f"{Path(plan.source).name}: training {parameters / 1e9:.1f} billion parameters takes more than "
-                         f"{needed / 1e9:.1f} GB, and {plan.device} has {free / 1e9:.1f} GB free; {cure}")
+        raise ValueError(f"{Path(plan.source).name}: training {parameters / 1e9:.1f} billion parameters takes more "
+                         f"than {needed / 1e9:.1f} GB, and {plan.device} has {free / 1e9:.1f} GB free; {cure}")
 
 
 def optimizers_of(plan: Plan, model: torch.nn.Module) -> list[torch.optim.Optimizer]:
