@@ -458,7 +458,7 @@ def test_a_training_that_is_killed_goes_on_with_the_same_loss(how, tmp_path):
     """The losses of a whole run, and of one that was stopped: Ctrl-C between two steps, a kill after a save."""
     code = ("import sys, scripts.train.show as show; show.Clock.__init__.__defaults__ = (1.0,); "  # saves each second
             "from scripts.train.__main__ import main; sys.exit(main(sys.argv[1:]))")
-    words = [sys.executable, "-c", code, "qwen3", "--steps", "30", "--tokens", "512", "--threads", "2",
+    words = [sys.executable, "-c", code, "qwen3", "--steps", "30", "--tokens", "512", "--threads", "1",
              "--data", str(write(tmp_path / "q.jsonl", QUESTIONS))]
     subprocess.run([*words, "--output", str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True)
     cut = subprocess.Popen([*words, "--output", str(tmp_path / "cut")], cwd=ROOT, text=True, stdout=subprocess.PIPE)
