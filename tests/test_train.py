@@ -332,6 +332,31 @@ def test_what_is_there_is_not_written_over(tmp_path, capsys):
     assert main([*words, "--replace"]) == 0 and (tmp_path / "there/model.safetensors").read_bytes() != before
 
 
+def test_other_files_stay_and_the_old_checkpoint_too_where_the_new_one_cannot_begin(tmp_path, capsys):
+    folder = shutil.copytree(embedded("qwen3"), tmp_path / "there")
+    others = {name: (folder / name).write_text("mine") for name in ("LICENSE", "notes.json", "merges.txt", "a.jinja")}
+    before = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "bad.jsonl").write_text("no json")
+    for words in (["--data", str(tmp_path / "bad.jsonl")], ["--data", str(tmp_path / "none.jsonl")]):
+        assert main(["qwen3", *words, "--replace", "--output", str(folder)]) == 2
+        assert (folder / "model.safetensors").read_bytes() == before
+    capsys.readouterr()
+    empty = tmp_path / "empty"  # no checkpoint, but files of somebody's
+    empty.mkdir()
+    (empty / "notes.json").write_text("mine")
+    for output in (folder, empty):
+        assert main(["qwen3", "--data", str(write(tmp_path / "q.jsonl", QUESTIONS)), "--steps", "1", "--tokens", "64",
+                     "--replace", "--output", str(output)]) == 0
+    for file in [folder / name for name in others] + [empty / "notes.json"]:
+        assert file.read_text() == "mine"
+
+
+def test_a_conversation_longer_than_the_context_is_named(tmp_path, capsys):
+    data_file = str(write(tmp_path / "q.jsonl", [("a", "b c " * 3000)]))
+    assert main(["qwen3", "--data", data_file, "--output", str(tmp_path / "out")]) == 2
+    assert "and the model a context of 2048; shorten it" in capsys.readouterr().err
+
+
 def test_an_unfinished_training_goes_on_only_with_the_same_settings(tmp_path, capsys):
     run = learn.Run(plan("qwen3"), tmp_path)
     run.one_step(4)
@@ -425,13 +450,15 @@ def test_fine_tuning_learns_and_keeps_the_files(package, lora, tmp_path, capsys)
 
 def test_what_cannot_be_trained_is_refused_before_it_is_read(tmp_path, monkeypatch):
     source = shutil.copytree(embedded("qwen3"), tmp_path / "Tiny")
-    config = module("qwen3", "config").Config.from_checkpoint(source)
     monkeypatch.setattr(module("qwen3", "weights"), "free_memory", lambda device: 1e7)
     with pytest.raises(ValueError, match="Tiny: training 0.0 billion parameters takes more than 0.0 GB"):
-        task.check_trainable(plan("qwen3", source=str(source)), config)
-    task.check_trainable(plan("qwen3", source=str(source), lora=8), config)  # an eighth
+        task.check_trainable(plan("qwen3", source=str(source)))
+    task.check_trainable(plan("qwen3", source=str(source), lora=8))  # an eighth
+    config = module("qwen3", "config").Config
+    known = replace(config.from_checkpoint(source), quantization="fp8")
+    monkeypatch.setattr(config, "from_checkpoint", lambda directory: known)
     with pytest.raises(ValueError, match="FP8 weights cannot be trained here"):
-        task.check_trainable(plan("qwen3", source=str(source)), replace(config, quantization="fp8"))
+        task.check_trainable(plan("qwen3", source=str(source)))
 
 
 def test_the_three_questions_are_held_out():

@@ -36,7 +36,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     length.add_argument("--minutes", type=number(float, 0.1, "a time of 0.1 minutes or more"), metavar="M",
                         help="about how long; default 10. The first steps are timed; then the number of steps is fixed")
     length.add_argument("--steps", type=positive, metavar="N",
-                        help="instead of --minutes; the embedded checkpoints were trained with "
+                        help="instead of --minutes; a full run: "
                              + ", ".join(f"{steps} ({package})" for package, steps in STEPS.items()))
     add("--output", type=Path, metavar="FOLDER", help="default: checkpoints/my- and the model's name")
     add("--replace", action="store_true", help="write over a checkpoint that is there")

@@ -18,6 +18,9 @@ from .data import BOS, ENDOFTEXT, EOS, IM_END, PAD
 from .templates import TEMPLATES
 
 SMALL = ("*.json", "*.jinja", "*.model", "merges.txt", "LICENSE*")  # what a checkpoint has beside its weights
+# What a training writes, and so replaces.
+WRITTEN = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model*.safetensors",
+           "model.safetensors.index.json", "training.safetensors", "*.safetensors.part")
 SHARD = 4 * 2**30  # bytes of one file
 
 

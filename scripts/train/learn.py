@@ -14,7 +14,8 @@ import torch
 
 from . import checkpoint, data, grade, lora, show, state
 from .configs import KINDS
-from .task import Plan, Task, make_model, optimizers_of
+from .own_data import read_data
+from .task import Plan, Task, check_trainable, make_model, optimizers_of
 from .training import Training
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
@@ -65,7 +66,8 @@ class Run:
     def find_steps(self) -> None:
         """Work out how many steps fit into the minutes from the first ones; from then on the number is fixed."""
         for T in self.task.lengths:  # once without a step, since the first pass of each length takes longer
-            self.training.losses(*data.batch(self.task.rows, 0, 0, {T: 1}, self.plan.tokens))[1].backward()
+            batch = data.batch(self.task.rows, 0, 0, {T: 1}, self.plan.tokens)
+            self.training.losses(*(ids.to(self.plan.device) for ids in batch))[1].backward()
         started = time.monotonic()
         while self.training.step < TIMED:
             self.one_step(10**9)
@@ -137,10 +139,13 @@ def learn(plan: Plan, folder: Path, replace: bool, restart: bool) -> int:
     notes = None if restart else state.read_notes(folder)
     if notes:
         check_plan(plan, notes["plan"], folder)
-    elif (folder / "config.json").exists() and not replace and not (restart and (folder / state.NAME).exists()):
-        raise ValueError(f"{folder} holds a checkpoint: --replace writes over it, --output names another folder")
-    else:
+    elif (folder / "config.json").exists():
+        if not replace and not (restart and (folder / state.NAME).exists()):
+            raise ValueError(f"{folder} holds a checkpoint: --replace writes over it, --output names another folder")
+        check_before(plan)  # the old one stays if the new one cannot begin
         remove_old(folder)
+    else:
+        check_before(plan)
     run = Run(plan, folder)
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     print(f"{folder.name}: {sum(p.numel() for p in run.model.parameters()):,} parameters, {trained:,} of them trained, "
@@ -150,6 +155,7 @@ def learn(plan: Plan, folder: Path, replace: bool, restart: bool) -> int:
         print(f"going on after step {run.training.step:,} of {run.steps:,}", flush=True)
     else:
         run.ask()
+        run.save()  # so that the same command goes on, whenever it is killed
     if not run.go_on():
         print(f"\nstopped after step {run.training.step:,} of {run.steps:,}; the same command goes on")
         return 130
@@ -167,9 +173,17 @@ def check_plan(plan: Plan, old: dict, folder: Path) -> None:
                          "the same ones go on, --restart begins anew, --output names another folder")
 
 
+def check_before(plan: Plan) -> None:
+    """ValueError or FileNotFoundError for data and a checkpoint that no training can begin with."""
+    if plan.data:
+        read_data(Path(plan.data))
+    if plan.source:
+        check_trainable(plan)
+
+
 def remove_old(folder: Path) -> None:
-    """What a checkpoint's folder may hold of an earlier one; other files stay."""
-    for pattern in (*checkpoint.SMALL, "*.safetensors", "*.safetensors.part"):
+    """The files of the checkpoint that is replaced, those that a training writes; whatever else is there stays."""
+    for pattern in checkpoint.WRITTEN:
         for path in folder.glob(pattern):
             path.unlink()
 

@@ -15,7 +15,6 @@ from .configs import KINDS, LEARNING_RATE
 from .corpus import Corpus
 from .training import adamw, fuse_long_rows, muon_and_adamw, pad_experts
 
-
 ANSWER = 80  # tokens of an answer that is shown, at most
 
 
@@ -55,13 +54,15 @@ class Task:
         if plan.data:
             found = own_data.read_data(Path(plan.data))
             self.text, self.conversations = (found, None) if isinstance(found, str) else (None, found)
-        if not (folder / "config.json").exists():
+        if not (folder / "config.json").exists() and not plan.source:
             self.write_small_files(folder)
         Tokenizer = self.module("tokenizer").Tokenizer
-        self.tokenizer = Tokenizer.from_checkpoint(folder, "plain" if self.text else None)
+        self.tokenizer = Tokenizer.from_checkpoint(plan.source or folder, "plain" if self.text else None)
         if not self.text and self.tokenizer.format is None:
             raise ValueError(f"{plan.source} has no chat format to write questions and answers in: it continues text; "
                              "give --data a text, or start from an instruct model")
+        if plan.source:
+            checkpoint.copy_small(Path(plan.source), folder)
         self.turns = None if self.text else data.Turns(self.tokenizer)
         self.lengths, self.rows = data.ROWS, partial(data.of_corpus, self.corpus, self.turns)
         if self.text:
@@ -70,13 +71,15 @@ class Task:
         elif self.conversations:
             parts = own_data.parts_of(self.conversations, self.turns)
             longest = max(len(ids) for ids, _, _ in parts)
+            Config = self.module("config").Config
+            if longest > (context := Config.from_checkpoint(plan.source or folder).max_position_embeddings):
+                raise ValueError(f"{plan.data}: its longest conversation has {longest} tokens, and the model a context "
+                                 f"of {context}; shorten it")
             self.lengths = {max(160, longest + 1): 1}
             self.rows = partial(own_data.of_conversations, parts, self.tokenizer.bos_ids)
 
     def write_small_files(self, folder: Path) -> None:
-        """Tokenizer and configs: those of the checkpoint to start from, or new ones."""
-        if self.plan.source:
-            return checkpoint.copy_small(Path(self.plan.source), folder)
+        """Tokenizer and configs of a model that starts from nothing."""
         if self.text:
             texts = [self.text]
         elif self.conversations:
@@ -121,7 +124,6 @@ def make_model(plan: Plan, folder: Path) -> torch.nn.Module:
         model = checkpoint.new_model(folder, plan.package).to(plan.device)
     else:
         weights, dtype = module(f"{plan.package}.weights"), None if plan.lora else torch.float32
-        check_trainable(plan, module(f"{plan.package}.config").Config.from_checkpoint(plan.source))
         model = weights.load_model(plan.source, plan.device, dtype, engine=False)
     if plan.lora:
         lora.add_lora(model, plan.package, plan.lora)
@@ -134,8 +136,9 @@ def make_model(plan: Plan, folder: Path) -> torch.nn.Module:
     return model
 
 
-def check_trainable(plan: Plan, config) -> None:
-    """ValueError for what cannot be trained, before its weights are read."""
+def check_trainable(plan: Plan) -> None:
+    """ValueError for a checkpoint that cannot be trained, before its weights are read."""
+    config = importlib.import_module(f"{plan.package}.config").Config.from_checkpoint(plan.source)
     if config.quantization:
         raise ValueError(f"{plan.source}: {config.quantization.upper()} weights cannot be trained here; start from the "
                          "bfloat16 release of the same model")
