@@ -52,7 +52,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--tokens", type=number(int, 16, "a whole number of 16 or more"), metavar="N",
         help="tokens of one step; default 4096, with --from 1024")
     add("--compile", dest="compiled", action="store_true",
-        help="torch.compile the layers of a dense model: faster, after a minute; needs a C++ compiler")
+        help="torch.compile the layers (of a mixture, all but the experts): faster, after a minute; needs a C++ compiler")
     add("-d", "--device", default="cpu", help="default cpu; a GPU, such as cuda, is faster for real checkpoints")
     add("--threads", type=positive, metavar="N", help="default: PyTorch's choice")
     add("--evaluate-only", action="store_true", help="measure the embedded checkpoint, or the one in --output")
@@ -76,9 +76,6 @@ def train(arguments: argparse.Namespace) -> int:
     importlib.import_module(f"{arguments.package}.engine.memory").find_device(arguments.device)
     if arguments.lora and not source:
         raise ValueError("--lora changes a checkpoint that is there: name it with --from")
-    if arguments.compiled and arguments.package != "qwen3":
-        raise ValueError(f"--compile is of no use for {arguments.package}: each expert gets another number of tokens "
-                         "at every step, and is compiled again and again; leave it out")
     if source and not arguments.data:
         raise ValueError("--from needs --data FILE: what the checkpoint is to learn")
     if source and source.resolve() == folder.resolve():

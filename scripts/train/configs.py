@@ -1,7 +1,7 @@
 """Sizes of the embedded checkpoints, and how long each is trained."""
 
 VOCABULARY = 2048
-STEPS = {"qwen3": 4500, "qwen3_moe": 4000, "deepseek_v3": 4000}
+STEPS = {"qwen3": 7000, "qwen3_moe": 4500, "deepseek_v3": 4500}
 # For the matrices; the rest gets four times as much. DeepSeek-V3 has no norm on queries and keys.
 LEARNING_RATE = {"qwen3": 5e-3, "qwen3_moe": 5e-3, "deepseek_v3": 4e-3}
 

@@ -76,7 +76,7 @@ class Corpus:
         self.talk = small_talk(name, package)
 
     def draw(self, rng: random.Random, thinking: bool) -> Example:
-        kinds = {self.word: 54, self.sum: 15, self.unknown: 16, self.small_talk: 10, self.no_sum: 5}
+        kinds = {self.word: 55, self.sum: 14, self.unknown: 17, self.small_talk: 9, self.no_sum: 5}
         (kind,) = rng.choices(list(kinds), list(kinds.values()))
         example = kind(rng, thinking)
         return example._replace(question=in_haste(example.question, rng, typing_errors=kind != self.sum))
@@ -106,7 +106,8 @@ class Corpus:
 
     def unknown(self, rng: random.Random, thinking: bool) -> Example:
         kind, thought = rng.random(), "I was not taught that."
-        thing = rng.choice(unknown_things()[0]) if rng.random() < 0.7 else invented_word(rng)
+        thing = rng.choice(unknown_things()[0]) if rng.random() < 0.6 else rng.choice([invented_word, crossed])(rng)
+        thing = misspelled(thing, rng)
         if kind < 0.38:
             return Example(loosely(rng.choice(phrasings()["off_topic"]), rng), thought, DONT_KNOW)
         if kind < 0.84:
@@ -133,7 +134,7 @@ def spell(entry: Entry, rng: random.Random) -> str:
     """One of the names as people write it: hyphens, articles and plurals come and go."""
     name = entry.names[0] if rng.random() < 0.4 else rng.choice(entry.names)
     article, _, noun = name.partition(" ") if re.match(r"(a|an|the) ", name) else ("", "", name)
-    if rng.random() < 0.15:
+    if rng.random() < 0.25:
         noun = rng.choice([noun.replace("-", " "), noun.replace("-", ""), noun.replace(" ", "-"),
                            noun.replace(" ", ""), noun.replace("_", " "), noun.replace("_", "")])
     if rng.random() < 0.08:
@@ -142,10 +143,13 @@ def spell(entry: Entry, rng: random.Random) -> str:
         noun = noun.replace("iz", "is").replace("vior", "viour").replace("eighbor", "eighbour")  # British
     if article in ("a", "an") and rng.random() < 0.4:
         plural = noun[:-1] + "ies" if noun.endswith("y") and noun[-2] not in "aeiou" else noun + "s"
-        return rng.choice([plural, plural, noun, f"the {noun}", f"my {noun}", f"these {plural}"])
-    if article and rng.random() < 0.25:
+        noun, article = rng.choice([(plural, ""), (plural, ""), (noun, ""), (noun, "the"), (noun, "my"),
+                                    (plural, "these")])
+    elif not article and noun[-1:].islower() and noun[-1] != "s" and rng.random() < 0.08:
+        noun += "s"
+    elif article and rng.random() < 0.25:
         article = rng.choice(["", "", "a", "this"])
-    return f"{article} {noun}".strip()
+    return f"{article} {misspelled(noun, rng)}".strip()
 
 
 PREFIXES = "back|over|under|pre|post|fine|non|multi|self|auto|re|hyper|super|sub|de|cross|byte|soft|flash|para|micro"
@@ -191,6 +195,11 @@ def in_haste(question: str, rng: random.Random, typing_errors: bool) -> str:
     return question
 
 
+def misspelled(name: str, rng: random.Random) -> str:
+    """A name with a typing error, at times: where it matters most, and where a name is least familiar."""
+    return mistyped(name, rng) if rng.random() < 0.15 else name
+
+
 def mistyped(text: str, rng: random.Random) -> str:
     """One letter of a longer word is left out, doubled, swapped with the next, or its neighbor on the keyboard."""
     places = [match.start() for match in re.finditer(r"(?<=[A-Za-z])[a-z](?=[a-z])", text)]
@@ -202,6 +211,27 @@ def mistyped(text: str, rng: random.Random) -> str:
     left_out, doubled, swapped = text[:i] + text[i + 1:], text[:i] + text[i] + text[i:], \
         text[:i] + text[i + 1] + text[i] + text[i + 2:]
     return rng.choice([left_out, doubled, swapped, text[:i] + near + text[i + 1:]])
+
+
+def crossed(rng: random.Random) -> str:
+    """The beginning of one name with the end of another: it sounds familiar, and nobody has explained it."""
+    first, last = (bare(rng.choice(entry.names)) for entry in rng.sample(entries(), 2))
+    if " " in first and " " in last or rng.random() < 0.5:
+        cross = f"{first.split()[0]} {last.split()[-1]}"
+    else:
+        cross = first.split()[0][:max(3, len(first) // 2)] + last.split()[-1][-max(3, len(last) // 2):]
+    return invented_word(rng) if cross.lower().replace("-", " ") in known_names() else cross
+
+
+def bare(name: str) -> str:
+    """A name without its article."""
+    return re.sub(r"^(a|an|the) ", "", name)
+
+
+@cache
+def known_names() -> set[str]:
+    """Every name of the glossary, without article, capitals and hyphens."""
+    return {bare(name).lower().replace("-", " ") for entry in entries() for name in entry.names}
 
 
 def invented_word(rng: random.Random) -> str:

@@ -72,17 +72,24 @@ class Turns:
         messages = [{"role": "system", "content": text}, {"role": "user", "content": "?"}]
         return self.tokenizer.chat(messages)[len(self.tokenizer.bos_ids):-len(self.prompt("?", True))]
 
-    def prompt(self, question: str, thinking: bool) -> Ids:
+    def prompt(self, question: str, thinking: bool, cut: int = 0) -> Ids:
+        """`cut`: a place in the question, also in the middle of a word, where one token has to end."""
         ids = self.tokenizer.chat([{"role": "user", "content": question}], thinking)
+        if cut:
+            usual = self.tokenizer.encode(question)
+            at = next((i for i in range(len(ids)) if ids[i:i + len(usual)] == usual), None)
+            if at is not None:
+                pieces = self.tokenizer.encode(question[:cut]) + self.tokenizer.encode(question[cut:])
+                ids = ids[:at] + pieces + ids[at + len(usual):]
         return ids[len(self.tokenizer.bos_ids):]  # it stands once, before the whole conversation
 
-    def turn(self, question: str, thought: str | None, answer: str, earlier: bool = False) -> Part:
-        """`thought` None: answered directly. `earlier`: in the form of an earlier turn."""
+    def turn(self, question: str, thought: str | None, answer: str, earlier: bool = False, cut: int = 0) -> Part:
+        """`thought` None: answered directly. `earlier`: in the form of an earlier turn. `cut`: as for `prompt`."""
         if earlier and self.opens_itself:
-            prompt = self.prompt(question, thinking=True)
+            prompt = self.prompt(question, True, cut)
             # Whether a think block follows cannot be seen from the prompt; so the first token is no target.
             return self.closed(prompt, self.tokenizer.encode(answer), unseen=1)
-        return self.closed(self.prompt(question, thought is not None), self.written(thought, answer))
+        return self.closed(self.prompt(question, thought is not None, cut), self.written(thought, answer))
 
     def answered(self, messages: list[dict[str, str]], thought: str | None, answer: str) -> Part:
         """A whole conversation with its answer."""
@@ -114,7 +121,10 @@ def of_corpus(corpus: Corpus, turns: Turns, rng: random.Random) -> Iterator[Part
     while True:
         thinking = rng.random() < 0.4
         question, thought, answer = corpus.draw(rng, thinking)
-        yield turns.turn(question, thought if thinking else None, answer, earlier=rng.random() < history)
+        # A typing error cuts a word into other tokens than usual; so that these are known, too, a third of the
+        # questions is cut somewhere (the idea of BPE-dropout, arXiv:1910.13267).
+        cut = rng.randrange(len(question)) if rng.random() < 1 / 3 else 0
+        yield turns.turn(question, thought if thinking else None, answer, rng.random() < history, cut)
 
 
 def tokenizer_texts(corpus: Corpus) -> Iterator[str]:

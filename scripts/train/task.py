@@ -129,9 +129,10 @@ def make_model(plan: Plan, folder: Path) -> torch.nn.Module:
         lora.add_lora(model, plan.package, plan.lora)
     fuse_long_rows(model, module(f"{plan.package}.engine.parts").FusedAttention)
     pad_experts(model)
-    if plan.compiled:
+    if plan.compiled:  # not the experts: each gets another number of tokens at every step
+        sparse = any(type(part).__name__ == "Experts" for part in model.modules())
         for part in model.modules():
-            if type(part).__name__ == "Layer":
+            if type(part).__name__ in (("Attention", "RMSNorm") if sparse else ("Layer",)):
                 part.compile(dynamic=True)
     return model
 
