@@ -52,7 +52,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--tokens", type=number(int, 16, "a whole number of 16 or more"), metavar="N",
         help="tokens of one step; default 4096, with --from 1024")
     add("--compile", dest="compiled", action="store_true",
-        help="torch.compile the layers (of a mixture, all but the experts): faster, after a minute; needs a C++ compiler")
+        help="torch.compile the layers, of a mixture all but the experts: faster, after a minute; needs a C++ compiler")
     add("-d", "--device", default="cpu", help="default cpu; a GPU, such as cuda, is faster for real checkpoints")
     add("--threads", type=positive, metavar="N", help="default: PyTorch's choice")
     add("--evaluate-only", action="store_true", help="measure the embedded checkpoint, or the one in --output")

@@ -187,7 +187,7 @@ def in_haste(question: str, rng: random.Random, typing_errors: bool) -> str:
     if rng.random() < 0.6:
         question = question.lower()
     if rng.random() < 0.5:
-        question = question.rstrip("?.!")
+        question = question.rstrip("?.!") or question
     if rng.random() < 0.1:
         question = question.replace("What is", "What's").replace("what is", "whats").replace("'", "")
     for _ in range(rng.choice([0] * 16 + [1, 1, 1, 2]) if typing_errors else 0):
