@@ -71,6 +71,23 @@ def test_the_glossary_is_as_promised():
     assert corpus.glossary() == [(entry.names, entry.what) for entry in words]
 
 
+def test_what_sounds_familiar_is_no_name_of_the_glossary():
+    rng, known = random.Random(0), corpus.known_names()
+    made = [corpus.crossed(rng) for _ in range(3000)]
+    assert "rope" in known and not [name for name in made if name.lower() in known]
+    parts = {word for name in known for word in name.split()}
+    assert sum(any(word in parts for word in name.lower().split()) for name in made) > 1000  # and it sounds familiar
+
+
+def test_a_typing_error_changes_one_letter_or_two_neighbors():
+    rng = random.Random(0)
+    for _ in range(1000):
+        wrong = corpus.mistyped("dropout", rng)
+        assert abs(len(wrong) - 7) <= 1 and wrong[0] == "d" and set(wrong[-2:]) & {"t"}
+    share = sum(corpus.misspelled("dropout", rng) != "dropout" for _ in range(4000)) / 4000
+    assert 0.10 < share < 0.20
+
+
 def test_no_held_out_question_is_trained_on():
     """Neither, without punctuation and capitals, as a phrasing of any word nor as one of 30,000 drawn questions."""
     def bare(text: str) -> str:
@@ -133,6 +150,17 @@ def test_turns_in_a_row_are_the_conversation_of_the_chat_format(package, thinkin
     system = turns.system("Be brief.")
     asked = [{"role": "system", "content": "Be brief."}, TALK[-1]]
     assert tokenizer.bos_ids + system + turns.prompt("And 1 + 2?", thinking) == tokenizer.chat(asked, thinking)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_cut_question_is_the_same_text_in_other_tokens(package):
+    tokenizer, question = tokenizer_of(package), "What is RoPE?"
+    turns = data.Turns(tokenizer)
+    usual, first, last = turns.turn(question, "It turns.", "RoPE turns.")
+    cuts = [turns.turn(question, "It turns.", "RoPE turns.", cut=cut) for cut in range(1, len(question))]
+    assert all(tokenizer.decode(ids) == tokenizer.decode(usual) for ids, _, _ in cuts)
+    assert all(ids[at:end] == usual[first:last] for ids, at, end in cuts)  # the same targets
+    assert any(len(ids) > len(usual) for ids, _, _ in cuts)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
