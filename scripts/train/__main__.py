@@ -50,7 +50,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--rate", type=number(float, 1e-9, "a rate above 0"), metavar="R",
         help="learning rate; default 5e-3 (deepseek_v3 4e-3) from nothing, less with --from")
     add("--tokens", type=number(int, 16, "a whole number of 16 or more"), metavar="N",
-        help="tokens of one step; default 4096, with --from 1024")
+        help="tokens of one step; default 4096, with --from 1024, with --lora 512")
     add("--compile", dest="compiled", action="store_true",
         help="torch.compile the layers, of a mixture all but the experts: faster, after a minute; needs a C++ compiler")
     add("-d", "--device", default="cpu", help="default cpu; a GPU, such as cuda, is faster for real checkpoints")
@@ -83,7 +83,7 @@ def train(arguments: argparse.Namespace) -> int:
     plan = task.Plan(
         arguments.package, None if arguments.steps else arguments.minutes or 10.0, arguments.steps, arguments.seed,
         arguments.data and str(arguments.data), task.digest(arguments.data), source and str(source), arguments.lora,
-        arguments.rate, arguments.tokens or (1024 if source else 4096), arguments.compiled,
+        arguments.rate, arguments.tokens or (512 if arguments.lora else 1024 if source else 4096), arguments.compiled,
         arguments.threads or learn.torch.get_num_threads(), arguments.device)
     return learn.learn(plan, folder, arguments.replace, arguments.restart)
 
