@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 TINY = ROOT / "checkpoints/Qwen3-Tiny"
 NAMES = {"qwen3": "Qwen3-0.6B", "qwen3_moe": "Qwen3-30B-A3B", "deepseek_v3": "Moonlight-16B-A3B-Instruct"}
 OWNERS = {"qwen3": "Qwen", "qwen3_moe": "Qwen", "deepseek_v3": "moonshotai"}
-CONFIGS = {"qwen3": qwen3_config(vocab_size=1024), "qwen3_moe": qwen3_moe_config(vocab_size=1024),
+CONFIGS = {"qwen3": qwen3_config(vocab_size=2048), "qwen3_moe": qwen3_moe_config(vocab_size=2048),
            "deepseek_v3": deepseek_v3_config(num_nextn_predict_layers=0)}
 pytestmark = pytest.mark.skipif(shutil.which("sh") is None, reason="needs sh")
 

@@ -107,13 +107,22 @@ def test_penalties_by_hand(module):
     assert logits[0, 0] == 3
 
 
+# By transformers 5.24: "What is a router?" without thinking, greedy, float32, nine tokens, with repetition_penalty 3 (a
+# word other than the question's comes) and without
+PENALISED = {"qwen3": ([32, 1312, 1064, 482, 338, 513, 1673, 312, 526], [32, 1088, 907, 531, 894, 403, 258, 406, 303]),
+             "qwen3_moe": ([32, 1313, 1064, 482, 338, 513, 1677, 312, 526],
+                           [32, 1088, 908, 531, 895, 403, 258, 406, 303]),
+             "deepseek_v3": ([32, 629, 515, 414, 331, 315, 729, 312, 283],
+                             [32, 1089, 907, 532, 894, 403, 258, 406, 303])}
+
+
 def test_the_repetition_penalty_of_a_checkpoint_gives_the_tokens_of_transformers(module, package, published):
-    """transformers 5.24: "12 + 34 = ?" without thinking, greedy, float32, repetition_penalty 2 -> "56" (not "46")."""
     tokenizer = module_of(package, "tokenizer").Tokenizer.from_checkpoint(CHECKPOINTS / PACKAGES[package])
-    stops, prompt = published.config.eos_token_id, tokenizer.chat([{"role": "user", "content": "12 + 34 = ?"}], False)
-    request = dict(max_new_tokens=9, stop_ids=stops)
-    assert list(module.generate(published, prompt, **request, repetition_penalty=2.0)) == [20, 21]
-    assert list(module.generate(published, prompt, **request)) == [19, 21]
+    prompt = tokenizer.chat([{"role": "user", "content": "What is a router?"}], False)
+    request = dict(max_new_tokens=9, stop_ids=published.config.eos_token_id)
+    penalised, plain = PENALISED[package]
+    assert list(module.generate(published, prompt, **request, repetition_penalty=3.0)) == penalised
+    assert list(module.generate(published, prompt, **request)) == plain
 
 
 def penalised_slowly(model: torch.nn.Module, prompt: list[int], count: int, repetition: float,
@@ -344,8 +353,8 @@ def test_what_overflows_in_float16_says_so(module, model):
 
 IDS = torch.tensor([[(7 * i * i + 3 * i) % 500 for i in range(40)], [(5 * i * i + i) % 500 for i in range(40)]])
 # The loss of each embedded checkpoint on these ids by transformers 5.24: float32, autocast to bfloat16 and to float16
-AUTOCAST = {"qwen3": (12.3443, 12.3503, 12.3452), "qwen3_moe": (11.5629, 11.5522, 11.5617),
-            "deepseek_v3": (14.3020, 14.3052, 14.3025)}
+AUTOCAST = {"qwen3": (27.7038, 27.7012, 27.7052), "qwen3_moe": (24.2549, 24.1684, 24.2537),
+            "deepseek_v3": (21.8012, 21.7438, 21.7949)}
 
 
 def loss_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -356,7 +365,7 @@ def loss_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def test_autocast_gives_the_loss_of_transformers(package, published, number, dtype):
     with torch.autocast("cpu", dtype=dtype):
         with torch.no_grad():
-            assert float(loss_of(published, IDS)) == pytest.approx(AUTOCAST[package][number], abs=0.03)
+            assert float(loss_of(published, IDS)) == pytest.approx(AUTOCAST[package][number], rel=0.0025)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -95,6 +95,8 @@ def evaluate(package: str, folder: Path) -> dict[str, float]:
     for what, digits, numbers in (("2 digits", 2, 2), ("3 digits", 3, 2), ("4 digits", 4, 2),
                                   ("three of 2 digits", 2, 3)):
         result[f"held-out sums, {what}, thinking"] = examinee.share(held_out_sums(digits, 300, numbers), True)
+    one_digit = [(f"What is {a} + {b}?", str(a + b)) for a in range(10) for b in range(10)]
+    result["all sums of one digit, direct"] = examinee.share(one_digit, False)
     plain, exam = [(f"What is {entry.names[0]}?", entry.what) for entry in entries()], questions("heldout")
     for thinking in (False, True):
         mode = "thinking" if thinking else "direct"

@@ -3,8 +3,8 @@
     y = x Wᵀ + (x Aᵀ) Bᵀ · scale        W (out, in) stands still; A (r, in) and B (out, r) are trained
 
 Fine-tuning changes a matrix only a little, and that change can nearly be written as B A of a small rank r. Full
-training keeps a gradient and two running means for every weight of W, twelve bytes a weight in float32; here only A and B
-have them. B begins at zero, so that the first step starts from the model as it is. In the end B A is added to W, and
+training keeps a gradient and two running means for every weight of W, twelve bytes a weight in float32; here only A and
+B have them. B begins at zero, so that the first step starts from the model as it is. In the end B A is added to W, and
 what is saved is an ordinary checkpoint.
 """
 
