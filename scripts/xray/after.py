@@ -14,7 +14,8 @@ from torch import Tensor
 from .record import Row
 from .switch import Part, count_experts, switched
 
-SWEEP = 3 * 10**11  # multiplications that switching off every part in turn may cost: seconds
+# What switching off every part in turn may cost, which is seconds: tokens that are read, and multiplications.
+SWEEP_TOKENS, SWEEP = 20_000, 6 * 10**10
 
 
 @torch.inference_mode()
@@ -76,8 +77,8 @@ def matters(model: torch.nn.Module, generate, ids: Sequence[int], rows: Sequence
                        for layer in range(config.num_hidden_layers)],
              "experts": [[Part("expert", layer, expert) for expert in range(count_experts(config, layer))]
                          for layer in range(config.num_hidden_layers) if count_experts(config, layer)]}
-    passes = sum(len(layer) for layers in parts.values() for layer in layers)
-    if passes * len(ids) * sum(weight.numel() for weight in model.parameters()) > SWEEP or not rows:
+    tokens = len(ids) * sum(len(layer) for layers in parts.values() for layer in layers)
+    if not rows or tokens > SWEEP_TOKENS or tokens * sum(weight.numel() for weight in model.parameters()) > SWEEP:
         return None
     off = {what: [torch.stack([forced(model, generate, ids, rows, [part]) for part in layer]) for layer in layers]
            for what, layers in parts.items()}

@@ -24,25 +24,27 @@ LATENTS, LATENT_LAYERS = 64, 3  # of the cache: tokens and layers whose numbers 
 
 
 def run_data(seen: Recorder, generate, words: Words, ids: list[int], prompt: int, sampling: dict, full: bool) -> dict:
-    """What one run's panels show. `generate` is the package's module; `full` without it leaves out what no comparison
-    shows."""
+    """What the panels show of one run; of a run that is only compared with (not `full`), tokens, lens and experts.
+
+    `generate` is the package's module of that name.
+    """
     steps, config = list(seen.rows), seen.model.config
     control = set(words.tokenizer.control_ids.values())
     run = {"prompt": prompt, "tokens": [words(id) for id in ids], "control": sorted(control & set(ids)),
            "steps": steps, "whole": seen.wanted.whole, "most": seen.wanted.most, "L": len(seen.layers)}
-    depths = {}  # lens and choice want the same logits, and one row of them may be large
-    for position, row in seen.rows.items():
+    lenses, chosen = [], []
+    for position, row in seen.rows.items():  # one by one: for a large model, its logits are 60 MB
         logits = lens(seen.model, row)
-        choice = choice_of(generate, words, logits[-1], ids, position, prompt, sampling)
-        depths[position] = lens_of(words, logits, ids[position + 1]), choice
-    run["lens"] = {"top": [one["top"] for one, _ in depths.values()],
-                   "written": [one["written"] for one, _ in depths.values()]}
-    run["choice"] = choices(depths)
-    run["experts"] = experts(seen, steps, config) if seen.loads else None
-    run["drafts"] = [draft | {"drafted": words(draft["drafted"]), "token": words(draft["token"])}
-                     for draft in seen.drafts]
+        lenses.append(lens_of(words, logits, ids[position + 1]))
+        if full:
+            chosen.append(choice_of(generate, words, logits[-1], ids, position, prompt, sampling))
+    run["lens"] = {what: [one[what] for one in lenses] for what in ("top", "written")}
+    run["experts"] = experts(seen, config) if seen.loads else None
     run["passes"] = seen.passes
     if full:
+        run["choice"] = choices(chosen)
+        run["drafts"] = [draft | {"drafted": words(draft["drafted"]), "token": words(draft["token"])}
+                         for draft in seen.drafts]
         run["attention"] = attention(seen, steps, config)
         run["rope"] = rope(seen, config)
         run["cache"] = cache(seen, config)
@@ -83,9 +85,8 @@ def choice_of(generate, words: Words, logits: torch.Tensor, ids: list[int], posi
             "place": int((best.indices == written).nonzero()), "possible": int((drawing > 0).sum()), "drawn": drawn}
 
 
-def choices(depths: dict) -> dict:
+def choices(every: list[dict]) -> dict:
     """All of them; the logits (steps, kept) in one piece."""
-    every = [choice for _, choice in depths.values()]
     logits = torch.stack([choice.pop("logits") for choice in every]) if every else torch.zeros(0, 0)
     return {"kept": logits.shape[1], "logits": packed(logits.float()), "steps": every}
 
@@ -124,7 +125,7 @@ def rope(seen: Recorder, config) -> dict:
             "neighbours": getattr(config, "rope_interleave", False)}
 
 
-def experts(seen: Recorder, steps: list[int], config) -> dict:
+def experts(seen: Recorder, config) -> dict:
     """Which experts worked on the token that each step read: [expert, weight], in each layer that has experts."""
     layers, rows = sorted(seen.loads), list(seen.rows.values())
     E = len(seen.loads[layers[0]])

@@ -175,8 +175,8 @@ class Recorder(Listener):
 
         With them and v its result is computed once more too, which tells how far the kernel rounds otherwise.
         """
-        if not self.inside:
-            return  # the draft layer's, whose layers[0] is none of these
+        if not self.here:
+            return
         H, S = q.shape[1], k.shape[2]
         for some in self.index.split(max(1, SHARES // (H * S))):
             visible = mask[some] if mask.ndim == 2 else mask[0, 0, some]  # (r, S)

@@ -15,7 +15,7 @@ def report(data: dict, width: int | None = None) -> str:
     r = hardest(run)
     token, before = (shown(data, run["tokens"][run["steps"][r] + more]) for more in (1, 0))
     parts = [f"token {run['steps'][r] + 1}: having read {before!r}, it wrote {token!r}",
-             f"what it would have said after each layer ({SHADES[1:]}: from unsure to sure)", lens(data, run, r, width),
+             f"what it would have said after each layer; {SHADES[1:]} from unsure to sure", lens(data, run, r, width),
              f"how {token!r} was chosen", choice(data, run, r, width)]
     if run["attention"]["whole"]:
         layer, head = sharpest(run, r)
