@@ -1,21 +1,18 @@
-"""X-ray: recording changes nothing, what it says is true, and its page stays small; tests/test_xray_page.py opens it."""
+"""X-ray: recording changes nothing, what it says is true, and its page stays small."""
 
-import importlib
 import json
-import random
 import re
-import subprocess
-import sys
 from base64 import b64decode
 from pathlib import Path
 
 import pytest
 import torch
 
-from scripts.xray import after, limits, page, run, switch, terminal
+from scripts.xray import after, limits, page, terminal
 from scripts.xray.__main__ import main
+from scripts.xray.data import rope
 from scripts.xray.limits import Rows
-from scripts.xray.pack import Words, visible
+from scripts.xray.pack import visible
 from scripts.xray.record import Recorder
 from scripts.xray.switch import Part, switched
 from tests.packages import PACKAGES, module
@@ -124,7 +121,7 @@ def test_what_each_row_holds_is_what_the_model_computes_by_itself(package):
         return lambda _, args, out: found.__setitem__(key, (args, out))
 
     hooks = [part.register_forward_hook(note(i, what)) for i, layer in enumerate(layers)
-             for what, part in [("layer", layer), ("attention", layer.self_attn), ("gate", getattr(layer.mlp, "gate", None)),
+             for what, part in [("layer", layer), ("gate", getattr(layer.mlp, "gate", None)),
                                 ("norm", layer.post_attention_layernorm)] if part is not None]
     weights = {i: attention_weights(package, layer.self_attn) for i, layer in enumerate(layers)}
     with torch.inference_mode():
@@ -212,11 +209,30 @@ def test_the_recorded_chances_are_those_that_were_drawn_from(package, settings):
 def test_the_rotary_clocks_stand_where_the_page_says(package):
     model, ids = tiny(package)
     seen, _ = recorded(package, model, ids)
-    from scripts.xray.data import rope
     told = rope(seen, model.config)
     assert told["error"] < 1e-5 and len(told["frequencies"]) == len(seen.rows[0].turns[0])
     slowed = [plain / fast for plain, fast in zip(told["plain"], told["frequencies"])]
     assert (max(slowed) > 2) == bool(told["yarn"]) and min(slowed) == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_strongest_keys_are_the_largest_weights_of_all(package, monkeypatch):
+    model, ids = tiny(package)
+    whole, every = recorded(package, model, ids)
+    start = len(ids) + 2
+    monkeypatch.setattr(limits, "WHOLE", start ** 2 * whole.wanted.heads)  # ends between two tokens of the answer
+    seen, same = recorded(package, model, ids)
+    assert same == every and not seen.wanted.whole and list(seen.rows) == list(range(len(ids) - 1, len(every) - 1))
+    for position, row in seen.rows.items():
+        for layer, (places, shares) in row.strongest.items():
+            expected = whole.rows[position].attention[layer]
+            torch.testing.assert_close(shares, expected.topk(limits.STRONGEST).values)
+            torch.testing.assert_close(shares, expected.gather(-1, places))
+    monkeypatch.setattr(limits, "WHOLE", 0)
+    asked, _ = recorded(package, model, ids, Rows(model.config, len(ids), asked=(3, 6)))
+    assert list(asked.rows) == [2, 3, 4, 5] and not asked.rows[2].attention
+    torch.testing.assert_close(asked.rows[5].strongest[1][1][:, 0], whole.rows[5].attention[1].amax(-1))
+    assert asked.rows[2].strongest[0][0].shape[-1] == 3  # no more than there are
 
 
 # 3 Drafting
@@ -250,7 +266,8 @@ def test_the_token_that_ends_the_answer_is_part_of_the_recording():
     new = generated("qwen3", model, ids)
     stop = {next(id for id in new[3:] if id not in new[:3])}
     seen, every = recorded("qwen3", model, ids, stop_ids=stop)
-    assert set(every[-1:]) == stop and every[:-1] == ids + new[:new.index(*stop)] and list(seen.rows)[-1] == len(every) - 2
+    assert set(every[-1:]) == stop and every[:-1] == ids + new[:new.index(*stop)]
+    assert list(seen.rows)[-1] == len(every) - 2
 
 
 # 4 Names
@@ -304,7 +321,7 @@ def large(tmp_path_factory):
 
 
 def check_budget(folder: Path, out: Path, tokens: int, new: int, capsys) -> dict:
-    text = " ".join(str(number) for number in range(10 ** 4))[:tokens * 2]
+    text = " ".join(str(number) for number in range(10 ** 4))[:tokens]
     assert main(["-m", str(folder), "-p", text, "-n", str(new), "-o", str(out)]) == 0
     capsys.readouterr()
     assert out.stat().st_size < limits.PAGE
@@ -315,15 +332,19 @@ def data_of(path: Path) -> dict:
     return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text("utf-8"), re.S)[1])
 
 
+def unpacked(text: str, dtype: torch.dtype) -> torch.Tensor:
+    return torch.frombuffer(bytearray(b64decode(text)), dtype=dtype)
+
+
 def test_a_long_prompt_keeps_the_strongest_keys_of_the_answers_rows(large, tmp_path, capsys):
     folder = large("many", num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=4, head_dim=8,
                    num_experts=12, num_experts_per_tok=3)
-    told = check_budget(folder, tmp_path / "page.html", 300, 6, capsys)["runs"][0]
+    told = check_budget(folder, tmp_path / "page.html", 400, 6, capsys)["runs"][0]
     kept, L, H = told["attention"], told["L"], told["attention"]["H"]
     assert told["prompt"] > 150 and told["steps"] == list(range(told["prompt"] - 1, len(told["tokens"]) - 1))
     assert not told["whole"] and not kept["whole"]
-    places = torch.frombuffer(bytearray(b64decode(kept["places"])), dtype=torch.uint16).view(L, H, len(told["steps"]), 8)
-    shares = torch.frombuffer(bytearray(b64decode(kept["data"])), dtype=torch.uint8).view_as(places)
+    places = unpacked(kept["places"], torch.uint16).view(L, H, len(told["steps"]), 8)
+    shares = unpacked(kept["data"], torch.uint8).view_as(places)
     for r, position in enumerate(told["steps"]):
         assert (places[:, :, r].int() <= position).all()
         assert (shares[:, :, r].float() / 255).square().sum(-1).max() < 1.05
@@ -333,7 +354,7 @@ def test_a_long_prompt_keeps_the_strongest_keys_of_the_answers_rows(large, tmp_p
 def test_a_page_stays_small_whatever_the_model_and_the_prompt(large, tmp_path, capsys):
     folder = large("huge", num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=8,
                    hidden_size=32, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=8)
-    told = check_budget(folder, tmp_path / "page.html", 4400, 40, capsys)["runs"][0]
+    told = check_budget(folder, tmp_path / "page.html", 3000, 40, capsys)["runs"][0]
     assert told["prompt"] >= 2048 and len(told["steps"]) >= 32
 
 
@@ -467,7 +488,8 @@ def by_pairs(x: torch.Tensor, angles: torch.Tensor, neighbours: bool) -> torch.T
 
 @pytest.mark.parametrize("text,said", [
     ("layer3", "expected parts like"), ("layer3.head", "expected parts like"), ("head2", "expected parts like"),
-    ("layer-1.head2", "expected parts like"), ("layer9.head0", "the layers 0 to 4"), ("layer0.head6", "the heads 0 to 5"),
+    ("layer-1.head2", "expected parts like"), ("layer9.head0", "the layers 0 to 4"),
+    ("layer0.head6", "the heads 0 to 5"),
     ("layer0.expert1", "layer 0 has no experts"), ("layer1.expert8", "the experts 0 to 7")])
 def test_a_part_that_is_not_there_is_refused(text, said, capsys):
     assert main(["-m", "DeepSeek-V3-Tiny", "-p", "Hi", "--without", text]) == 2
@@ -538,6 +560,23 @@ def test_the_terminal_keeps_to_its_width(tmp_path, capsys):
     told["words"] = {int(id): text for id, text in told["words"].items()}
     for width in (80, 100, 200):
         assert max(map(len, terminal.report(told, width).splitlines())) <= width
+
+
+def test_ctrl_c_leaves_with_130_and_no_page(tmp_path, capsys, monkeypatch):
+    def stop(self, token):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(Recorder, "on_draw", stop)
+    assert main(["-m", "Qwen3-Tiny", "-p", "Hi", "-o", str(tmp_path / "x.html")]) == 130
+    assert list(tmp_path.iterdir()) == [] and "Traceback" not in capsys.readouterr().err
+
+
+def test_a_page_that_is_interrupted_leaves_the_earlier_one(tmp_path, monkeypatch):
+    out = tmp_path / "x.html"
+    page.write(out, f"{page.MARK} first")
+    monkeypatch.setattr(page.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        page.write(out, f"{page.MARK} second")
+    assert out.read_text() == f"{page.MARK} first" and list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.parametrize("flags,said", [

@@ -45,10 +45,23 @@ def parse(words: list[str] | None = None) -> tuple[argparse.Namespace, list[str]
 
 
 def main(words: list[str] | None = None) -> int:
+    """0; 2 with one sentence about what the user can mend; 130 after Ctrl-C."""
     own, rest = parse(words)
     from .run import run  # only now, so that --help does not wait for torch
 
-    return terminal.exit_code(lambda: run(own, rest, sys.argv[1:] if words is None else words))
+    try:
+        run(own, rest, sys.argv[1:] if words is None else words)
+        return 0
+    except BrokenPipeError:  # whoever reads the answer has left, as `head` does
+        return 0
+    except KeyboardInterrupt:
+        terminal.note()
+        return 130
+    except Exception as error:
+        if (text := terminal.sentence(error)) is None:
+            raise
+        terminal.note(f"xray: {text}")
+        return 2
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 MARK = '<meta name="generator" content="X-ray of LLM From Scratch">'
-SCRIPTS = "frame.js", "panels.js"
+SCRIPTS = "frame.js", "inside.js", "outcome.js"
 
 
 def as_json(data: dict) -> str:
