@@ -10,9 +10,9 @@ import torch
 
 from scripts.xray import after, limits, page, terminal
 from scripts.xray.__main__ import main
-from scripts.xray.data import rope
+from scripts.xray.data import rope, run_data
 from scripts.xray.limits import Rows
-from scripts.xray.pack import visible
+from scripts.xray.pack import Words, visible
 from scripts.xray.record import Recorder
 from scripts.xray.switch import Part, switched
 from tests.packages import PACKAGES, module
@@ -235,6 +235,73 @@ def test_the_strongest_keys_are_the_largest_weights_of_all(package, monkeypatch)
     assert asked.rows[2].strongest[0][0].shape[-1] == 3  # no more than there are
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "strongest"])
+@pytest.mark.parametrize("package,settings", [("qwen3", SAMPLED), ("qwen3_moe", PLAIN), ("deepseek_v3", SPECULATIVE)],
+                         ids=str)
+def test_the_pages_numbers_are_those_of_the_recording(package, settings, whole, monkeypatch):
+    """Read as the page reads them, at every layer, head, expert and token."""
+    model, ids = tiny(package)
+    monkeypatch.setattr(limits, "WHOLE", 10**9 if whole else 0)
+    seen, every = recorded(package, model, ids, **settings)
+    tokenizer = module(package, "tokenizer").Tokenizer.from_checkpoint(TINY / PACKAGES[package])
+    words, generate = Words(tokenizer), module(package, "generate")
+    told = json.loads(page.as_json(run_data(seen, generate, words, every, len(ids), settings, full=True)))
+    steps, kept = told["steps"], told["attention"]
+    assert told["tokens"] == every and steps == list(seen.rows) and kept["whole"] == whole
+    assert "".join(words.table[id] for id in every) == "".join(visible(tokenizer.bytes_of[id]) for id in every)
+    L, H, sizes = told["L"], kept["H"], [position + 1 for position in steps]
+    shares = (unpacked(kept["data"], torch.uint8) / 255).square()
+    places = None if whole else unpacked(kept["places"], torch.uint16).long().view(L, H, len(steps), -1)
+    matters = {what: (unpacked(told["matters"][what], torch.uint8) / 255).square() for what in ("heads", "experts")}
+    for r, (position, row) in enumerate(seen.rows.items()):
+        for layer in range(L):
+            for head in range(H):
+                if whole:
+                    start = (layer * H + head) * sum(sizes) + sum(sizes[:r])
+                    found, expected = shares[start:start + sizes[r]], row.attention[layer][head]
+                else:
+                    found = shares.view_as(places)[layer, head, r]
+                    expected = row.strongest[layer][1][head]
+                    assert places[layer, head, r].tolist() == row.strongest[layer][0][head].tolist()
+                torch.testing.assert_close(found, expected, rtol=0, atol=0.005)
+        depths = after.lens(model, row)
+        chances = depths.softmax(-1)
+        for depth, top in enumerate(told["lens"]["top"][r]):
+            assert top[0][0] == int(depths[2 * depth].argmax())
+            assert all(chance == pytest.approx(float(chances[2 * depth, id]), abs=1e-4) for id, chance in top)
+        assert told["lens"]["written"][r] == pytest.approx(chances[:, every[position + 1]].tolist(), abs=2e-5)
+        check_choice(told["choice"], r, depths[-1], every[position + 1], settings if position + 1 >= len(ids) else {
+            "temperature": 1.0}, generate)
+        if told["experts"]:
+            for at, layer in enumerate(told["experts"]["layers"]):
+                assert [expert for expert, _ in told["experts"]["chosen"][at][r]] == row.routing[layer][0].tolist()
+                assert [weight for _, weight in told["experts"]["chosen"][at][r]] == pytest.approx(
+                    row.routing[layer][1].tolist(), abs=1e-4)
+                scores = unpacked(told["experts"]["scores"], torch.uint16).view(-1, len(steps), told["experts"]["E"])
+                torch.testing.assert_close(scores[at, r].float() / 65535, row.routing[layer][2], rtol=0, atol=1e-5)
+    off = after.matters(model, generate, every, steps)
+    torch.testing.assert_close(matters["heads"], off["heads"].flatten(), rtol=0, atol=0.005)
+    torch.testing.assert_close(matters["experts"], off["experts"].flatten(), rtol=0, atol=0.005)
+    assert len(told["drafts"]) == len(seen.drafts) and (package != "deepseek_v3" or told["drafts"])
+
+
+def check_choice(told: dict, r: int, logits: torch.Tensor, written: int, settings: dict, generate) -> None:
+    step, drawing = told["steps"][r], after.chances(generate, logits, settings)
+    best = logits.sort(descending=True).values
+    kept = unpacked(told["logits"], torch.float32).view(-1, told["kept"])[r]
+    assert torch.equal(kept, best[:told["kept"]])
+    assert step["all"] == pytest.approx(float(logits.logsumexp(-1)), abs=1e-4)
+    assert step["chances"] == pytest.approx(drawing[step["ids"]].tolist(), abs=1e-6)
+    assert step["written"][0] == written and step["written"][2] == pytest.approx(float(drawing[written]), abs=1e-6)
+    assert float(best[step["place"]]) == float(logits[written])
+    rest = torch.tensor(step["rest"])
+    assert int(rest[:, 1].sum()) == len(logits) - told["kept"]
+    for temperature in (0.5, 1.0, 2.0):  # what the page makes of it, if another temperature had been chosen
+        some = (kept / temperature).exp().sum() + (rest[:, 1] * (rest[:, 0] / temperature).exp()).sum()
+        chance = float((kept[0] / temperature).exp() / some)
+        assert chance == pytest.approx(float((logits / temperature).softmax(-1).max()), abs=1e-3)
+
+
 # 3 Drafting
 
 def test_a_speculative_run_is_recorded_like_the_plain_one():
@@ -333,7 +400,7 @@ def data_of(path: Path) -> dict:
 
 
 def unpacked(text: str, dtype: torch.dtype) -> torch.Tensor:
-    return torch.frombuffer(bytearray(b64decode(text)), dtype=dtype)
+    return torch.frombuffer(bytearray(b64decode(text)), dtype=dtype) if text else torch.zeros(0, dtype=dtype)
 
 
 def test_a_long_prompt_keeps_the_strongest_keys_of_the_answers_rows(large, tmp_path, capsys):
