@@ -137,9 +137,10 @@ def test_what_each_row_holds_is_what_the_model_computes_by_itself(package):
             torch.testing.assert_close(row.attention[i], expected, rtol=0, atol=2e-6)
             if (i, "gate") in found:
                 shares, chosen = found[i, "gate"][1]
-                assert row.routing[i][0].tolist() == chosen[position].tolist()
-                close(row.routing[i][1], shares[position].float())
-                assert set(row.routing[i][2].topk(1).indices.tolist()) <= set(range(len(layer.mlp.gate.weight)))
+                assert row.topk_ids[i].tolist() == chosen[position].tolist()
+                close(row.weights[i], shares[position].float())
+                of_chosen = row.scores[i][chosen[position]]  # of which the weights are made
+                close(of_chosen / of_chosen.sum() * shares[position].float().sum(), row.weights[i])
     for position, row in seen.rows.items():
         close(row.stream[-1], model.model.embed_tokens.weight[ids[position]])
         depths = after.lens(model, row)
@@ -224,15 +225,16 @@ def test_the_strongest_keys_are_the_largest_weights_of_all(package, monkeypatch)
     seen, same = recorded(package, model, ids)
     assert same == every and not seen.wanted.whole and list(seen.rows) == list(range(len(ids) - 1, len(every) - 1))
     for position, row in seen.rows.items():
-        for layer, (places, shares) in row.strongest.items():
-            expected = whole.rows[position].attention[layer]
-            torch.testing.assert_close(shares, expected.topk(limits.STRONGEST).values)
-            torch.testing.assert_close(shares, expected.gather(-1, places))
+        expected = whole.rows[position].attention
+        torch.testing.assert_close(row.shares, expected.topk(limits.STRONGEST).values)
+        torch.testing.assert_close(row.shares, expected.gather(-1, row.places))
+        kept = [part for part in vars(row).values() if isinstance(part, torch.Tensor)]
+        assert all(part.untyped_storage().nbytes() <= 2 * part.nbytes for part in kept)  # none holds a larger one
     monkeypatch.setattr(limits, "WHOLE", 0)
     asked, _ = recorded(package, model, ids, Rows(model.config, len(ids), asked=(3, 6)))
-    assert list(asked.rows) == [2, 3, 4, 5] and not asked.rows[2].attention
-    torch.testing.assert_close(asked.rows[5].strongest[1][1][:, 0], whole.rows[5].attention[1].amax(-1))
-    assert asked.rows[2].strongest[0][0].shape[-1] == 3  # no more than there are
+    assert list(asked.rows) == [2, 3, 4, 5] and asked.rows[2].attention is None
+    torch.testing.assert_close(asked.rows[5].shares[:, :, 0], whole.rows[5].attention.amax(-1))
+    assert asked.rows[2].places.shape[-1] == 3  # no more than there are
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "strongest"])
@@ -261,8 +263,8 @@ def test_the_pages_numbers_are_those_of_the_recording(package, settings, whole, 
                     found, expected = shares[start:start + sizes[r]], row.attention[layer][head]
                 else:
                     found = shares.view_as(places)[layer, head, r]
-                    expected = row.strongest[layer][1][head]
-                    assert places[layer, head, r].tolist() == row.strongest[layer][0][head].tolist()
+                    expected = row.shares[layer, head]
+                    assert places[layer, head, r].tolist() == row.places[layer, head].tolist()
                 torch.testing.assert_close(found, expected, rtol=0, atol=0.005)
         depths = after.lens(model, row)
         chances = depths.softmax(-1)
@@ -274,11 +276,11 @@ def test_the_pages_numbers_are_those_of_the_recording(package, settings, whole, 
             "temperature": 1.0}, generate)
         if told["experts"]:
             for at, layer in enumerate(told["experts"]["layers"]):
-                assert [expert for expert, _ in told["experts"]["chosen"][at][r]] == row.routing[layer][0].tolist()
+                assert [expert for expert, _ in told["experts"]["chosen"][at][r]] == row.topk_ids[layer].tolist()
                 assert [weight for _, weight in told["experts"]["chosen"][at][r]] == pytest.approx(
-                    row.routing[layer][1].tolist(), abs=1e-4)
+                    row.weights[layer].tolist(), abs=1e-4)
                 scores = unpacked(told["experts"]["scores"], torch.uint16).view(-1, len(steps), told["experts"]["E"])
-                torch.testing.assert_close(scores[at, r].float() / 65535, row.routing[layer][2], rtol=0, atol=1e-5)
+                torch.testing.assert_close(scores[at, r].float() / 65535, row.scores[layer], rtol=0, atol=1e-5)
     off = after.matters(model, generate, every, steps)
     torch.testing.assert_close(matters["heads"], off["heads"].flatten(), rtol=0, atol=0.005)
     torch.testing.assert_close(matters["experts"], off["experts"].flatten(), rtol=0, atol=0.005)
@@ -315,10 +317,8 @@ def test_a_speculative_run_is_recorded_like_the_plain_one():
         assert other.token == row.token
         for layer in range(-1, len(plain.layers)):
             close(other.stream[layer], row.stream[layer])
-            if layer >= 0:
-                torch.testing.assert_close(other.attention[layer], row.attention[layer], rtol=0, atol=1e-5)
-            if layer in row.routing:
-                assert set(other.routing[layer][0].tolist()) == set(row.routing[layer][0].tolist())
+        torch.testing.assert_close(other.attention, row.attention, rtol=0, atol=1e-5)
+        assert torch.equal(other.topk_ids.sort().values, row.topk_ids.sort().values)
     read = len(every) - 1  # the last token is never read
     for layer, load in plain.loads.items():
         assert int(load.sum()) == read * model.config.num_experts_per_tok

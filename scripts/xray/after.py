@@ -24,10 +24,9 @@ def lens(model: torch.nn.Module, row: Row) -> Tensor:
 
     The norm takes its statistics anew at each depth. The last line is the run's own where the run computed it.
     """
-    stream = [row.stream[-1]]
-    for layer in range(len(row.between)):
-        stream += [row.between[layer], row.stream[layer]]
-    logits = model.lm_head(model.model.norm(torch.stack(stream)[None]))[0].float()
+    layers = torch.stack((row.between, row.stream[:-1]), 1).flatten(0, 1)  # in turn
+    stream = torch.cat((row.stream[-1:], layers))
+    logits = model.lm_head(model.model.norm(stream[None]))[0].float()
     if row.logits is not None:
         logits[-1] = row.logits
     return logits

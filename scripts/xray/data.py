@@ -100,15 +100,15 @@ def attention(seen: Recorder, steps: list[int], config) -> dict:
         kept["K"] = H  # each head makes keys and values of its own from the latents
     L, rows = len(seen.layers), list(seen.rows.values())
     if seen.wanted.whole:
-        every = [torch.cat([row.attention[layer] for row in rows], -1) for layer in range(L)] if rows else []
-        return kept | {"whole": True, "data": packed(roots(torch.stack(every)) if every else torch.zeros(0))}
+        every = torch.cat([row.attention for row in rows], -1) if rows else torch.zeros(0)
+        return kept | {"whole": True, "data": packed(roots(every))}
     places, shares = torch.zeros(2, L, H, len(rows), STRONGEST)
-    wide, places = len(seen.rows) > 0 and max(steps) >= 1 << 16, places.long()
     for r, row in enumerate(rows):
-        for layer, (at, share) in row.strongest.items():
-            places[layer, :, r, :at.shape[-1]], shares[layer, :, r, :at.shape[-1]] = at, share
-    narrow = places.to(torch.int32) if wide else places.to(torch.int32).to(torch.uint16)
-    return kept | {"whole": False, "wide": wide, "places": packed(narrow), "data": packed(roots(shares))}
+        keys = row.places.shape[-1]
+        places[:, :, r, :keys], shares[:, :, r, :keys] = row.places, row.shares
+    wide, places = max(steps, default=0) >= 1 << 16, places.to(torch.int32)
+    return kept | {"whole": False, "wide": wide, "places": packed(places if wide else places.to(torch.uint16)),
+                   "data": packed(roots(shares))}
 
 
 def rope(seen: Recorder, config) -> dict:
@@ -133,12 +133,12 @@ def experts(seen: Recorder, config) -> dict:
              "groups": getattr(config, "n_group", 1), "best_groups": getattr(config, "topk_group", 1),
              "loads": [seen.loads[layer].tolist() for layer in layers],
              "chosen": [[[[expert, round(weight, 4)] for expert, weight in zip(
-                 *(part.tolist() for part in row.routing[layer][:2]))] for row in rows] for layer in layers]}
+                 row.topk_ids[layer].tolist(), row.weights[layer].tolist())] for row in rows] for layer in layers]}
     gates = [seen.layers[layer].mlp.gate for layer in layers]
     if hasattr(gates[0], "e_score_correction_bias"):
         found["bias"] = [small_numbers(gate.e_score_correction_bias.detach()) for gate in gates]
     if len(layers) * len(rows) * E <= SCORES and rows:  # (layers, steps, E), in 65,535ths
-        scores = torch.stack([torch.stack([row.routing[layer][2] for row in rows]) for layer in layers])
+        scores = torch.stack([row.scores[layers] for row in rows], 1)
         found["scores"] = packed((scores * 65535).round().to(torch.int32).to(torch.uint16))
     return found
 

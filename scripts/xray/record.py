@@ -18,37 +18,42 @@ The engine's parts and the lesson's have the same seams, so nothing here knows w
 
 import importlib
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .limits import SHARES, STRONGEST, Rows
 from .listen import Listener
+from .switch import count_experts
 
 
-@dataclass
 class Row:
-    """What the model computed while it read one token; layers count from 0."""
+    """What the model computed while it read one token; layers count from 0.
 
-    token: int
-    stream: dict[int, Tensor] = field(default_factory=dict)  # -1: the embedding; i: after layer i; (D,)
-    between: dict[int, Tensor] = field(default_factory=dict)  # between attention and MLP of layer i, (D,)
-    attention: dict[int, Tensor] = field(default_factory=dict)  # how much each head looked at each token, (H, S)
-    strongest: dict[int, tuple] = field(default_factory=dict)  # or only where it looked most: places and shares (H, 8)
-    routing: dict[int, tuple] = field(default_factory=dict)  # topk_ids (A,), weights (A,), scores (E,)
-    turns: tuple | None = None  # cosines and sines of the rotary embedding, (N/2,) each
-    logits: Tensor | None = None  # (V,), as the head gave them; a prompt's tokens have none but the last
+    All of it has its place from the beginning: small tensors kept between large ones that go again would leave the
+    memory in pieces.
+    """
+
+    def __init__(self, token: int, keys: int, whole: bool, model: torch.nn.Module):
+        config, like = model.config, model.model.norm.weight.detach()
+        L, H, D = config.num_hidden_layers, config.num_attention_heads, config.hidden_size
+        self.token, self.heard = token, set()  # the layers whose attention was heard
+        self.stream = like.new_empty(L + 1, D)  # after each layer; the last one, [-1], is the embedding
+        self.between = like.new_empty(L, D)  # between attention and MLP
+        # How much each head looked at each token, or only where it looked most.
+        self.attention = torch.empty(L, H, keys) if whole else None
+        self.places = torch.zeros(0 if whole else L, H, min(STRONGEST, keys), dtype=torch.int64)
+        self.shares = torch.zeros(0 if whole else L, H, min(STRONGEST, keys))
+        E = max(count_experts(config, layer) for layer in range(L))
+        A = config.num_experts_per_tok if E else 0
+        self.topk_ids, self.weights = torch.zeros(L, A, dtype=torch.int64), torch.zeros(L, A)
+        self.scores = torch.zeros(L, E)  # the router's, of all experts
+        self.turns: tuple[Tensor, Tensor] | None = None  # cosines and sines of the rotary embedding, (N/2,) each
+        self.logits: Tensor | None = None  # (V,), as the head gave them; a prompt's tokens have none but the last
 
     def keep_strongest(self) -> None:
-        for layer, weights in self.attention.items():
-            self.strongest[layer] = find_strongest(weights)
-        self.attention = {}
-
-
-def find_strongest(weights: Tensor) -> tuple[Tensor, Tensor]:
-    shares, places = weights.topk(min(STRONGEST, weights.shape[-1]))
-    return places, shares
+        self.shares, self.places = self.attention.topk(min(STRONGEST, self.attention.shape[-1]))
+        self.attention = None
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:
@@ -128,7 +133,7 @@ class Recorder(Listener):
                 row.keep_strongest()
         self.here = [position for position in range(self.first, self.end) if position in self.wanted]
         for position in self.here:  # a refused draft's row is begun anew
-            self.rows[position] = Row(ids[position - self.first])
+            self.rows[position] = Row(ids[position - self.first], position + 1, self.wanted.whole, self.model)
         self.index = torch.tensor(self.here, dtype=torch.int64, device=self.device) - self.first  # their t in the pass
 
     def end_pass(self) -> None:
@@ -155,12 +160,13 @@ class Recorder(Listener):
         load = torch.bincount(chosen.flatten(), minlength=len(router.weight))
         if self.repeated:
             load -= torch.bincount(self.last_chosen[layer], minlength=len(router.weight))
-        self.loads[layer], self.last_chosen[layer] = self.loads.get(layer, 0) + load, chosen[-1]
+        self.loads[layer], self.last_chosen[layer] = self.loads.get(layer, 0) + load, chosen[-1].clone()
         if self.here:
             logits = router.logits(x[self.index]).float()
             scores = logits.sigmoid() if hasattr(router, "e_score_correction_bias") else logits.softmax(-1)
-            for position, t, one in zip(self.here, self.index.tolist(), scores.cpu()):
-                self.rows[position].routing[layer] = chosen[t], weights[t].float().cpu(), one
+            for position, t, one in zip(self.here, self.index.tolist(), scores):
+                row = self.rows[position]
+                row.topk_ids[layer], row.weights[layer], row.scores[layer] = chosen[t], weights[t], one
 
     def keep_logits(self, logits: Tensor) -> None:
         """Those of the last positions of a pass: (…, V)."""
@@ -186,11 +192,12 @@ class Recorder(Listener):
             again = torch.einsum("kgrs,ksm->kgrm", weights, v[0].float()).flatten(0, 1)  # (H, r, M)
             self.error = max(self.error, largest_difference(again, out[0][:, some]))
             for r, t in enumerate(some.tolist()):
-                row, looked = self.rows[self.first + t], weights[:, :, r, :self.first + t + 1].flatten(0, 1).cpu()
+                row, looked = self.rows[self.first + t], weights[:, :, r, :self.first + t + 1].flatten(0, 1)
+                row.heard.add(layer)
                 if self.wanted.whole:
                     row.attention[layer] = looked
                 else:
-                    row.strongest[layer] = find_strongest(looked)
+                    row.shares[layer], row.places[layer] = looked.topk(row.places.shape[-1])
 
     def compare_forms(self, layer: int, other: Callable, out: Tensor, *args) -> None:
         """Latent attention once more in its other form, in one decode step."""
@@ -233,8 +240,7 @@ class Recorder(Listener):
                      if position < len(ids) - 1 and row.token == ids[position]}
         self.drafts = [draft for draft in self.drafts if draft["at"] < len(ids)]
         wrong = self.drawn[:len(ids) - len(prompt_ids)] != ids[len(prompt_ids):]
-        silent = [layer for layer in range(len(self.layers)) for row in self.rows.values()
-                  if layer not in row.attention and layer not in row.strongest]
+        silent = [layer for layer in range(len(self.layers)) for row in self.rows.values() if layer not in row.heard]
         if wrong or silent:
             what = f"sdpa of layer {silent[0]}" if silent else "the choice of each token"
             raise RuntimeError(f"X-ray heard nothing of {what}: was what it listens to renamed?")
