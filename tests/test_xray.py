@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from scripts.xray import after, limits, page, terminal
+from scripts.xray import run as xray_run
 from scripts.xray.__main__ import main
 from scripts.xray.data import rope, run_data
 from scripts.xray.limits import Rows
@@ -425,6 +426,20 @@ def test_a_page_stays_small_whatever_the_model_and_the_prompt(large, tmp_path, c
     assert told["prompt"] >= 2048 and len(told["steps"]) >= 32
 
 
+def test_rows_are_dropped_where_the_estimate_was_too_low(tmp_path, capsys, monkeypatch):
+    out, small = tmp_path / "x.html", 90_000
+    flags = ["-m", "Qwen3-Tiny", "-p", "What is 347 + 586?", "-n", "8", "-o", str(out)]
+    assert main(flags) == 0
+    whole = data_of(out)["runs"][0]["steps"]
+    monkeypatch.setattr(after, "SWEEP_TOKENS", 0)
+    monkeypatch.setattr(xray_run, "PAGE", small)
+    assert main(flags) == 0
+    kept = data_of(out)["runs"][0]["steps"]
+    assert len(page.as_json(data_of(out))) < small and 0 < len(kept) < len(whole) and kept == whole[:len(kept)]
+    monkeypatch.setattr(xray_run, "PAGE", 1000)
+    assert main(flags) == 2 and "ask a shorter question" in capsys.readouterr().err
+
+
 def test_what_is_kept_follows_the_answer():
     class Large:
         num_hidden_layers, num_attention_heads, vocab_size, hidden_size = 48, 32, 151936, 2048
@@ -647,7 +662,8 @@ def test_a_page_that_is_interrupted_leaves_the_earlier_one(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("flags,said", [
-    (["--compile"], "cannot be listened to"), (["--chat"], "of one answer"), (["--temperature", "x"], "invalid float"),
+    (["-n", "0"], "-n 1 or more"), (["--compile"], "cannot be listened to"), (["--chat"], "of one answer"),
+    (["--temperature", "x"], "invalid float"),
     (["--no-such-flag"], "unrecognized arguments"), (["--steps", "9-3"], "no range"), (["--steps", "0"], "no range"),
     (["--steps", "5000-5001"], "at most"), (["--steps", "1-1500"], "choose fewer"), (["-m", "nowhere"], "nowhere"),
     (["-m", "DeepSeek-V3-Tiny", "--show-experts"], "leave it out"), (["--speculative"], "unrecognized"),

@@ -115,7 +115,7 @@ def rope(seen: Recorder, config) -> dict:
     """Radians a token of each pair, and those without YaRN; the angle at position p is p times that. `error`: how far
     the cosines that the model was given are from those of these angles."""
     rotary = seen.model.model.rotary_emb
-    fast, pairs = rotary.inv_freq.double().cpu(), len(rotary.inv_freq)
+    fast, pairs = rotary.inv_freq.cpu().double(), len(rotary.inv_freq)
     plain = config.rope_theta ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
     error = max((float((row.turns[0].cpu() - (position * fast).cos() * rotary.scale).abs().max())
                  for position, row in seen.rows.items()), default=0.0)

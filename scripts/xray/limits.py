@@ -27,7 +27,7 @@ class Rows:
     """Chooses the rows that are kept, pass by pass: nobody knows beforehand how long an answer becomes.
 
     `prompt` is the number of its tokens. `asked` are the tokens (from, to) whose choice the user wants to see; the row
-    of token t is t - 1. Without it the first rows of the answer are kept: once `end_of_thought` came, those behind it.
+    of token t is t - 1. Without it the first rows of the answer are kept: once `end_of_thought` came, those after it.
     """
 
     def __init__(self, config, prompt: int, asked: tuple[int, int] | None = None, end_of_thought: int | None = None):

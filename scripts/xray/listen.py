@@ -101,7 +101,7 @@ class Listener:
     # -- time ---------------------------------------------------------------------------------------------------------
 
     def clock(self) -> float:
-        """Seconds so far without the recorder's own; a GPU is waited for, since it works behind the program."""
+        """Seconds so far without the recorder's own; a GPU is waited for, since it runs on its own."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         return time.perf_counter() - self.own

@@ -42,6 +42,8 @@ class Program:
         for flag, why in REFUSED.items():
             if getattr(arguments, flag, False):
                 raise ValueError(f"--{flag.replace('_', '-')} does not go with an X-ray: {why}; leave it out")
+        if arguments.max_new_tokens == 0:
+            raise ValueError("-n 0: an X-ray shows how a token came about, so it needs one; -n 1 or more")
         self.speculative = getattr(arguments, "speculative", False)
         main = self.main
         self.folder, notes = main.find_checkpoint(arguments.model, main.CHECKPOINTS, main.DEFAULT, main.EMBEDDED,
@@ -138,7 +140,8 @@ def page_data(program: Program, recordings: Sequence[Recording], meta: dict) -> 
 def one_run(program: Program, words: Words, whole: Recording, one: Recording) -> dict:
     generate, first = program.module("generate"), one is whole
     run = run_data(one.seen, generate, words, one.ids, one.prompt, program.conversation.sampling, full=first)
-    run |= {"question": visible(one.question), "answer": visible(one.answer), "off": [str(part) for part in one.parts]}
+    run |= {"question": visible(one.question[:2000]), "answer": visible(one.answer)}
+    run["off"] = [str(part) for part in one.parts]
     run["ended"] = len(one.ids) - one.prompt > 0 and one.ids[-1] in program.conversation.stop_ids
     run["title"] = "this run" if first else f"without {', '.join(run['off'])}" if one.parts else run["question"]
     if run["off"] == ["wrong rope"]:
@@ -156,6 +159,8 @@ def describe(program: Program, command: Sequence[str]) -> dict:
     for i, word in enumerate(words[1:], start=1):
         if words[i - 1] in ("-m", "--model", "-o", "--output"):
             words[i] = Path(word).name
+        elif len(word) > 300:
+            words[i] = f"{word[:300]}…"
     return {"command": visible("python -m scripts.xray " + shlex.join(words)), "package": program.package,
             "model": visible(program.conversation.name), "sampling": program.conversation.sampling,
             "seed": program.seed, "parameters": sum(weight.numel() for weight in model.parameters()),

@@ -20,8 +20,6 @@ def report(data: dict, width: int | None = None) -> str:
     if run["attention"]["whole"]:
         layer, head = sharpest(run, r)
         parts += [f"where layer {layer}, head {head} looked then", attention(data, run, r, layer, head, width)]
-    for other in data["runs"][1:]:
-        parts.append(f"{other['title']}: {other['answer']}")
     return "\n".join(parts)
 
 
