@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 MARK = '<meta name="generator" content="X-ray of LLM From Scratch">'
-SCRIPTS = "frame.js", "inside.js", "outcome.js"
+SCRIPTS = "frame.js", "strip.js", "compare.js", "layers.js", "parts.js", "outcome.js"  # in this order
 
 
 def as_json(data: dict) -> str:

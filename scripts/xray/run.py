@@ -19,6 +19,7 @@ import torch
 
 from .after import forced
 from .data import run_data
+from .lessons import lessons
 from .limits import PAGE, Rows, check_steps
 from .pack import Words, small_numbers, visible
 from .page import as_json, check_output, page, write
@@ -165,7 +166,8 @@ def describe(program: Program, command: Sequence[str]) -> dict:
             "model": visible(program.conversation.name), "sampling": program.conversation.sampling,
             "seed": program.seed, "parameters": sum(weight.numel() for weight in model.parameters()),
             "dtype": str(norm.dtype).removeprefix("torch."), "device": norm.device.type, "torch": torch.__version__,
-            "plain": bool(arguments.plain), "speculative": program.speculative, "vocabulary": program.config.vocab_size}
+            "plain": bool(arguments.plain), "speculative": program.speculative, "vocabulary": program.config.vocab_size,
+            "lessons": lessons(program.package)}
 
 
 def run(own: argparse.Namespace, words: Sequence[str], command: Sequence[str]) -> None:
