@@ -51,6 +51,11 @@ function difference(of, r) {
     el("p", {}, later(), " If the text had been the same up to here, ", T(word(state.t)), ` would have had `,
       el("strong", {}, percent(of.forced[r])), ` in place of ${percent(written(r))}.`)];
 }
+// At the very top: what else this page shows.
+if (runs.length > 1) document.getElementById("strip").before(el("p", { id: "banner" }, el("strong", {}, "Compared: "),
+  "the run as it is, beside ", runs.slice(1).map((of, i) => [i ? ", " : "", of.off.length ? el("strong", {}, of.title)
+    : [" the question ", T(of.title)]]), "."));
+
 const later = () => el("span", { className: "source computed" }, "computed afterwards");
 
 if (runs.length > 1) panel("compared", "Compared with other runs", "The same model once more. Both answers stand here; "
@@ -64,5 +69,5 @@ if (runs.length > 1) panel("compared", "Compared with other runs", "The same mod
   holder.dataset.id = "runs";
   fill(body, holder, difference(of, r), el("div", { className: "two" }, [run, of].map((one, i) => el("div", {},
     h3(one.title), quiet(`“${one.question}”`), answer(one, kept && kept[i])))),
-    kept ? quiet("Framed: tokens that the other answer does not have at this place.") : null);
+    kept && kept[0].size < n - P ? quiet("Framed: tokens that the other answer does not have at this place.") : null);
 }, false);

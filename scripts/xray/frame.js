@@ -52,8 +52,9 @@ const sum = numbers => numbers.reduce((a, b) => a + b, 0);
 
 // As people say it: few digits, and never 100 % or 0 % of what is only nearly that.
 function percent(x) {
-  if (x >= 0.995) return x === 1 ? "100 %" : "> 99 %";
-  return x >= 0.095 ? Math.round(100 * x) + " %" : x >= 0.0005 ? (100 * x).toFixed(1) + " %" : "< 0.1 %";
+  if (x >= 0.995) return x === 1 ? "100\u00a0%" : ">\u00a099\u00a0%";
+  return x >= 0.095 ? Math.round(100 * x) + "\u00a0%" : x >= 0.0005 ? (100 * x).toFixed(1) + "\u00a0%"
+    : "<\u00a00.1\u00a0%";
 }
 const count = number => number.toLocaleString("en");
 const bytesText = x => x >= 1e9 ? (x / 1e9).toFixed(2) + " GB" : x >= 1e6 ? (x / 1e6).toFixed(2) + " MB"

@@ -51,7 +51,7 @@ function likeliest(of, r, depth) {
 
 panel("lens", "Layer by layer: what it would say", "Every layer adds to a vector. Here the model's own last step (norm "
   + "and head) is applied after each layer: the logit lens. Early layers were never trained to answer, so their words "
-  + "may be odd. Darker is surer.", "computed afterwards from the recorded vectors", (body, r) => {
+  + "may be odd. The stronger the colour, the surer.", "computed afterwards from the recorded vectors", (body, r) => {
   const of = besideRun(), size = of ? 5 : 10, at = of && otherStep(of, r);
   const one = (run, r) => el("div", {}, of ? h3(run.title) : null, el("div", { className: "scroll" },
     lensTable(run, r, size)), of ? [h3("The chance of what came, by layer"), rise(run, r)] : null);
@@ -74,9 +74,10 @@ const pickHead = (layer, head) => choose({ layer, head, expert: null });
 const moveHead = (down, right) => pickHead(within(state.layer + down, 0, L - 1),
   within(state.head + right, 0, A.H - 1));
 
-// One strip a head: the tokens from first to last, dark where it looked. Heads that share keys and values are near.
+// One strip a head: the tokens from first to last, coloured where it looked. Heads that share keys and values are near.
 function headGrid(r) {
-  const S = steps[r] + 1, group = A.H / A.K, gap = h => group > 1 && h && h % group === 0 ? "10px" : "0";
+  const S = steps[r] + 1, length = Math.min(S, 80), group = A.H / A.K;
+  const gap = h => group > 1 && h && h % group === 0 ? "10px" : "0";
   const grid = el("div", { role: "group", ariaLabel: "Heads by layer; arrow keys choose one", className: "heads",
     style: { gridTemplateColumns: `auto repeat(${A.H}, minmax(0, 1fr))` } }, el("span"));
   for (let h = 0; h < A.H; h++) grid.append(el("span", { className: "label", style: { marginLeft: gap(h) } },
@@ -84,19 +85,21 @@ function headGrid(r) {
   for (let l = 0; l < L; l++) {
     grid.append(el("span", { className: "label row" }, "layer " + l));
     for (let h = 0; h < A.H; h++) {
-      const on = l === state.layer && h === state.head, looked = new Map(A.whole ? [] : strongest(l, h, r));
-      const canvas = heat(el("canvas", { ariaHidden: "true" }), S, 1,
-        (y, k) => lit(A.whole ? share(l, h, r, k) : looked.get(k) || 0));
+      const on = l === state.layer && h === state.head, looked = new Float32Array(length);
+      for (const [k, x] of A.whole ? range(S).map(k => [k, share(l, h, r, k)]) : strongest(l, h, r))
+        looked[Math.floor(k * length / S)] += x;                    // of a long text, neighbours together
+      const canvas = heat(el("canvas", { ariaHidden: "true" }), length, 1, (y, x) => lit(looked[x]));
       const sentence = headSentence(l, h, r);
       const off = withoutHead(l, h, r), matters = off !== null && off < M.whole[r] - 0.1;
-      grid.append(el("button", { className: "cell" + (matters ? " matters" : ""), tabIndex: on ? 0 : -1, ariaPressed: String(on), title: sentence,
-        ariaLabel: sentence, style: { marginLeft: gap(h) }, onclick: () => pickHead(l, h) }, canvas));
+      grid.append(el("button", { className: "cell" + (matters ? " matters" : ""),
+        tabIndex: on ? 0 : -1, ariaPressed: String(on), title: sentence, ariaLabel: sentence,
+        style: { marginLeft: gap(h) }, onclick: () => pickHead(l, h) }, canvas));
     }
   }
   return arrows(grid, "heads", moveHead);
 }
 
-// From 200 heads on, one picture: a cell a head, dark where it is sharp; arrow keys and clicks choose.
+// From 200 heads on, one picture: a cell a head, coloured where it is sharp; arrow keys and clicks choose.
 function headMap(r) {
   return cells("heads", A.H, L, state.head, state.layer, (l, h) => lit(strongest(l, h, r, 1)[0][1]),
     `Heads by layer; chosen: ${headSentence(state.layer, state.head, r)}`, pickHead, moveHead);
@@ -143,9 +146,9 @@ function whatMatters(r, kind, every, chosen) {
   list.dataset.id = `matters-${kind}s`;
   const change = x => x < whole - 0.01 ? `falls from ${percent(whole)} to ` : x > whole + 0.01
     ? `rises from ${percent(whole)} to ` : "hardly changes: ";
-  return el("div", { id: `matters-${kind}` }, h3(`What a ${kind} matters `, later()), chosen ? el("p", {}, "Switch "
-    + `${chosen[1]} off and the chance of `, T(word(state.t)), ` ${change(chosen[0])}${percent(chosen[0])}.`)
-    : null, quiet(`The same text was read again with one ${kind} off at a time. `, most.length
+  return el("div", { id: `matters-${kind}` }, h3(`What ${kind === "head" ? "a" : "an"} ${kind} matters `, later()),
+    chosen ? el("p", {}, `Switch ${chosen[1]} off and the chance of `, T(word(state.t)), " "
+      + `${change(chosen[0])}${percent(chosen[0])}.`) : null, quiet(`The same text was read again with one ${kind} off at a time. `, most.length
       ? ["The chance of ", T(word(state.t)), " fell most without these; the line is the chance with all."]
       : ["No single one makes ", T(word(state.t)), " less likely by more than 1 %."]), list);
 }
@@ -161,14 +164,15 @@ panel("attention", "Attention: where it looks", `Each of the ${L} layers has ${A
   if (left > 0 && rest >= 0.0005) list.push({ plain: true, value: rest, name: `${count(left)} others` });
   if (M) for (let l = 0; l < L; l++) for (let h = 0; h < A.H; h++)
     every.push([withoutHead(l, h, r), `layer ${l}, head ${h}`, () => pickHead(l, h)]);
+  const chosen = [h3(`Layer ${l}, head ${h}: reading `, T(word(steps[r])), " it looks at"),
+    bars(list, "where it looks"), whatMatters(r, "head", every, [withoutHead(l, h, r), `layer ${l}, head ${h}`])];
   fill(body, el("div", { className: "two" },
     el("div", {}, L * A.H < 200 ? headGrid(r) : headMap(r),
-      quiet(L * A.H < 200 ? "A strip for each head: the tokens from the first to the one being read, dark where it "
-        + "looked. Choose one to shade the text above." + (M ? " ◆: without it, what came is less likely by 10 % or more." : "")
-        : "A cell for each head, dark where it looked at one token."),
-      legend("0 %", "100 %", lit), h3(`Layer ${l}, head ${h}: reading `, T(word(steps[r])), " it looks at"),
-      bars(list, "where it looks"), whatMatters(r, "head", every, [withoutHead(l, h, r), `layer ${l}, head ${h}`])),
+      quiet(L * A.H < 200 ? "A strip for each head: the tokens from the first to the one being read, coloured where it "
+        + "looked. Choose one to shade the text above." + (M ? " ◆: without it, what came is at least 10 % less "
+        + "likely." : "") : "A cell for each head, coloured where it looked at one token most."),
+      legend("0 %", "100 %", lit), A.whole ? chosen : null),
     el("div", {}, A.whole ? [
       h3(`The whole of layer ${l}, head ${h}`), quiet("A row for each token that was read, a column for each that it "
-        + "could look at: never a later one."), triangle(r, body.clientWidth)] : null)));
+        + "could look at: never a later one."), triangle(r, body.clientWidth)] : chosen)));
 });

@@ -155,7 +155,7 @@ panel("recorded", "How this was recorded", "The model computed what it always co
 
 function start() {
   if (!steps.length) return fill(story, "The answer has no token: nothing was recorded.");
-  chooseSharpest(rowOf(state.t));
+  chooseHead(rowOf(state.t));
   readAddress();
   showContents();
   showTheme();

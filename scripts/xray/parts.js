@@ -62,25 +62,27 @@ function expertSentence(of, at, r, e) {
     + percent(off));
 }
 
-// Layers by experts of a run in one step; a square was chosen, its size is the weight. Many experts are one picture.
+// Layers by experts of a run in one step; a filled square was chosen. Many experts are one picture.
+const manyExperts = experts => experts.E * experts.layers.length > 300;
+const expertColumns = experts => ({ gridTemplateColumns: `auto repeat(${experts.E}, minmax(0, 44px))` });
 function expertGrid(of, r) {
-  const { experts } = of, own = of === run, size = of === run && !besideRun() ? 44 : 40;
+  const { experts } = of, own = of === run;
   const on = (at, e) => own && experts.layers[at] === expertLayer() && e === state.expert;
-  if (experts.E * experts.layers.length > 300)
+  if (manyExperts(experts))
     return cells(own ? "experts" : "experts-beside", experts.E, experts.layers.length, own ? state.expert ?? 0 : -9,
       own ? X.layers.indexOf(expertLayer()) : -9, (at, e) => lit(Math.min(1, weightOf(of, at, r, e) || 0)),
       own ? "Experts by layer; chosen: " + expertSentence(of, X.layers.indexOf(expertLayer()), r, state.expert ?? 0)
         : "Experts by layer", (at, e) => own && pickExpert(X.layers[at], e), own ? moveExpert : () => {});
   const grid = el("div", { role: "group", ariaLabel: "Experts by layer" + (own ? "; arrow keys choose one" : ""),
-    className: "experts", style: { gridTemplateColumns: `auto repeat(${experts.E}, minmax(0, ${size}px))` } });
+    className: "experts", style: expertColumns(experts) });
   grid.append(el("span"), ...range(experts.E).map(e => el("span", { className: "label" },
     experts.E <= 16 || e % 4 === 0 ? String(e) : "")));
   experts.layers.forEach((layer, at) => grid.append(el("span", { className: "label row" }, "layer " + layer),
     ...range(experts.E).map(e => {
       const weight = weightOf(of, at, r, e), text = expertSentence(of, at, r, e), chosen = on(at, e);
-      const side = 100 * Math.sqrt(Math.min(1, weight || 0)) + "%";
-      const square = weight === undefined ? null : [el("span", { className: "square", style: { width: side,
-        height: side } }), experts.E <= 16 ? el("span", { className: "weight" }, weight.toFixed(2)) : null];
+      const square = weight === undefined ? null : [el("span", { className: "square", style: {
+        height: 100 * Math.min(1, weight) + "%" } }), experts.E <= 16 ? el("span", { className: "weight" },
+        weight.toFixed(2)) : null];
       const first = state.expert === null && layer === expertLayer() && e === 0;
       return el(own ? "button" : "span", { className: "cell" + (weight === undefined ? "" : " works"), title: text,
         ariaLabel: text, ...(own ? { tabIndex: chosen || first ? 0 : -1, ariaPressed: String(chosen),
@@ -91,11 +93,17 @@ function expertGrid(of, r) {
 
 // How often each expert worked in a whole run: a row for each layer.
 function loadPicture(of) {
-  const { experts } = of, most = Math.max(...experts.loads.flat()), px = within(Math.floor(376 / experts.E), 4, 47);
-  const canvas = heat(el("canvas", { role: "img", ariaLabel: "How often each expert was chosen: " + experts.layers.map(
-    (l, at) => `layer ${l}: ${experts.loads[at].join(", ")}`).slice(0, 8).join("; ") }), experts.E,
-    experts.layers.length, (at, e) => ramp(experts.loads[at][e] / most), [experts.E * px, experts.layers.length * 16]);
-  return [el("div", { className: "scroll" }, canvas), legend("never", `${most} of ${tokensOf(experts)} tokens`, ramp)];
+  const { experts } = of, most = Math.max(...experts.loads.flat()), px = within(Math.floor(560 / experts.E), 4, 16);
+  const colour = (at, e) => ramp(experts.loads[at][e] / most), many = tokensOf(experts);
+  const picture = manyExperts(experts) ? el("div", { className: "scroll" }, heat(el("canvas", { role: "img",
+    ariaLabel: "How often each expert was chosen, by layer" }), experts.E, experts.layers.length, colour,
+    [experts.E * px, experts.layers.length * px])) : el("div", { className: "experts", role: "group",
+    ariaLabel: "How often each expert was chosen", style: expertColumns(experts) }, experts.layers.map((layer, at) => [
+    el("span", { className: "label row" }, "layer " + layer), range(experts.E).map(e => el("span", { role: "img",
+      className: "cell load", style: { background: rgb(colour(at, e)) }, title: `layer ${layer}, expert ${e}: `
+        + `${experts.loads[at][e]} of ${many} tokens`, ariaLabel: `layer ${layer}, expert ${e}: `
+        + `${experts.loads[at][e]} of ${many} tokens` }))]));
+  return [picture, legend("never", `${most} of ${many} tokens`, ramp)];
 }
 const tokensOf = experts => sum(experts.loads[0]) / experts.A;
 
@@ -128,8 +136,8 @@ function specialists(of) {
 }
 
 if (X) panel("experts", "Experts: who works on it", `In place of one large MLP there are ${X.E} small ones, the `
-  + `experts. A router sends each token to ${X.A} of them${X.shared ? `; ${X.shared} more sees every token` : ""}. Choose an `
-  + "expert to shade the tokens above that it got.", "recorded in the run", (body, r) => {
+  + `experts. A router sends each token to ${X.A} of them${X.shared ? `; ${X.shared} more sees every token` : ""}. `
+  + "Choose an expert to shade the tokens above that it got.", "recorded in the run", (body, r) => {
   const of = besideRun()?.experts ? besideRun() : null, every = [];
   if (M) X.layers.forEach((layer, at) => range(X.E).forEach(e => every.push([withoutExpert(layer, e, r),
     `layer ${layer}, expert ${e}`, () => pickExpert(layer, e)])));
@@ -138,7 +146,7 @@ if (X) panel("experts", "Experts: who works on it", `In place of one large MLP t
   const one = (of, r) => el("div", {}, h3(...besideRun() ? [of.title, ", reading "] : ["Reading "],
     T(word(of.steps[r], of))), expertGrid(of, r), h3("In its whole run"), loadPicture(of));
   fill(body, el("div", { className: "two" }, one(run, r), of ? one(of, otherStep(of, r)) : router(r)),
-    quiet("Square: chosen; its size is the weight."), el("div", { className: "two" }, of ? router(r) : null,
+    quiet("Filled: chosen, as high as its weight."), el("div", { className: "two" }, of ? router(r) : null,
       of ? specialists(of) : null, whatMatters(r, "expert", every, chosen)));
 });
 

@@ -14,9 +14,13 @@ function hardest() {
   return best;
 }
 
-// The head that looks hardest at a token that is neither the first nor the last.
-function chooseSharpest(r) {
-  let most = 0;
+// The head without which the token would be much less likely; where there is none, or nobody computed it, the one that
+// looks hardest at a token that is neither the first nor the last.
+function chooseHead(r) {
+  let least = M ? M.whole[r] - 0.1 : -1, most = 0;
+  for (let l = 0; l < L; l++) for (let h = 0; h < A.H; h++) if (M && withoutHead(l, h, r) < least) {
+    least = withoutHead(l, h, r); state.layer = l; state.head = h; most = 1;
+  }
   for (let l = 0; l < L; l++) for (let h = 0; h < A.H; h++)
     for (const [k, x] of strongest(l, h, r)) if (k > 0 && k < steps[r] && x > most) {
       most = x; state.layer = l; state.head = h;
