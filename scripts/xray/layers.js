@@ -148,7 +148,8 @@ function whatMatters(r, kind, every, chosen) {
     ? `rises from ${percent(whole)} to ` : "hardly changes: ";
   return el("div", { id: `matters-${kind}` }, h3(`What ${kind === "head" ? "a" : "an"} ${kind} matters `, later()),
     chosen ? el("p", {}, `Switch ${chosen[1]} off and the chance of `, T(word(state.t)), " "
-      + `${change(chosen[0])}${percent(chosen[0])}.`) : null, quiet(`The same text was read again with one ${kind} off at a time. `, most.length
+      + `${change(chosen[0])}${percent(chosen[0])}.`) : null,
+    quiet(`The same text was read again with one ${kind} off at a time. `, most.length
       ? ["The chance of ", T(word(state.t)), " fell most without these; the line is the chance with all."]
       : ["No single one makes ", T(word(state.t)), " less likely by more than 1 %."]), list);
 }

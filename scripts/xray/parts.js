@@ -22,7 +22,7 @@ function dial(pair, query, key) {
 
 panel("rope", "Positions: hands of clocks", "Attention alone would not notice the order of tokens. So queries and keys "
   + "are turned: their values go in pairs, and each pair turns like a hand, by its own angle a token. What counts is "
-  + "the difference of two hands: how far apart they are.", "computed from the model's own angles", (body, r) => {
+  + "the difference of two hands.", "computed from the model's own angles", (body, r) => {
   const query = steps[r], [[key]] = strongest(state.layer, state.head, r, 1), pairs = O.frequencies.length;
   const every = Math.ceil(pairs / 16), shown = range(pairs).filter(j => j % every === 0);
   const columns = Math.min(n, 512), px = Math.max(1, Math.floor(Math.min(1000, body.clientWidth - 10) / columns));
@@ -171,7 +171,7 @@ function latentPicture(body) {
 panel("cache", latent ? "The cache: one short vector a token" : "The cache: keys and values so far",
   "Later tokens look at earlier ones again, so what they look at is kept. Keys and values of all heads would be "
   + `${C.every_head} numbers a token and layer; ${C.numbers} are kept`
-  + (latent ? `: a latent of ${C.R}, of which every head makes its own, and ${C.P} that know the position.`
+  + (latent ? `: a latent of ${C.R} for all heads, and ${C.P} that know the position.`
     : A.K < A.H ? `, since ${A.H / A.K} heads share one set.` : "."), "recorded in the run", (body, r) => {
   const most = C.bytes * (n - 1), now = C.bytes * (steps[r] + 1);
   fill(body, el("div", { className: "two" }, el("div", {}, h3("Numbers of one token in one layer"), bars([

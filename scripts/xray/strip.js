@@ -157,7 +157,7 @@ function choose(change) {
 function panel(id, title, lead, source, draw, numbered = true) {
   const body = el("div"), lesson = meta.lessons[id];
   const heading = el("h2", { id: id + "-title", tabIndex: -1 }, (numbered ? sections.length + 1 + " · " : "") + title);
-  const section = el("section", { id, ariaLabelledby: heading.id }, el("div", { className: "head" }, heading,
+  const section = el("section", { id, "aria-labelledby": heading.id }, el("div", { className: "head" }, heading,
     el("span", { className: "source " + source.split(" ")[0] }, source)),
     el("p", { className: "lead" }, lead), body, lesson ? el("p", { className: "lesson" }, "Read on: ",
       el("code", {}, lesson[0]), ` “${lesson[1]}”; `, el("code", {}, lesson[2])) : null);
