@@ -33,11 +33,14 @@ function answer(of, kept) {
   return lines.childNodes.length ? lines : quiet("(nothing)");
 }
 
+// The first token that is another one in another run.
+const parting = of => range(Math.max(n, of.tokens.length)).find(i => tokens[i] !== of.tokens[i]);
+
 // What was done to the other run, in words.
 function difference(of, r) {
   if (!of.off.length) return quiet("The same model, asked something else; its step stands beside this one's at the "
     + "same place of the answer.");
-  const apart = range(Math.max(n, of.tokens.length)).find(i => tokens[i] !== of.tokens[i]);
+  const apart = parting(of);
   const at = (run, i) => i < run.tokens.length ? T(word(i, run)) : "nothing more";
   const what = of.off[0] === "wrong rope"
     ? [el("strong", {}, "Made wrong: the rotary embedding. "), "It turned pairs of other values, in all layers, while "

@@ -107,16 +107,16 @@ function headMap(r) {
 
 // A picture of rows by columns with one Tab stop and a frame around what is chosen.
 function cells(id, columns, rows, column, row, colour, label, pick, move) {
-  const px = within(Math.floor(560 / columns), 4, 16);
+  const px = within(Math.floor(560 / columns), 4, 16), py = within(Math.floor(440 / rows), 4, 16);
   const canvas = heat(el("canvas", { role: "img", tabIndex: 0, ariaLabel: label, title: label }), columns, rows, colour,
-    [columns * px, rows * px]);
+    [columns * px, rows * py]);
   canvas.onclick = event => {
     const box = canvas.getBoundingClientRect();
-    pick(within(Math.floor((event.clientY - box.top) / px), 0, rows - 1),
+    pick(within(Math.floor((event.clientY - box.top) / py), 0, rows - 1),
       within(Math.floor((event.clientX - box.left) / px), 0, columns - 1));
   };
-  const frame = el("div", { className: "frame now", style: { left: column * px - 2 + "px", top: row * px - 2 + "px",
-    width: px + 4 + "px", height: px + 4 + "px" } });
+  const frame = el("div", { className: "frame now", style: { left: column * px - 2 + "px", top: row * py - 2 + "px",
+    width: px + 4 + "px", height: py + 4 + "px" } });
   return arrows(el("div", { className: "scroll" }, el("div", { className: "map" }, canvas, frame)), id, move);
 }
 
@@ -171,7 +171,8 @@ panel("attention", "Attention: where it looks", `Each of the ${L} layers has ${A
     el("div", {}, L * A.H < 200 ? headGrid(r) : headMap(r),
       quiet(L * A.H < 200 ? "A strip for each head: the tokens from the first to the one being read, coloured where it "
         + "looked. Choose one to shade the text above." + (M ? " ◆: without it, what came is at least 10 % less "
-        + "likely." : "") : "A cell for each head, coloured where it looked at one token most."),
+        + "likely." : "") : "A column for each head, a row for each layer; coloured by what it gave one token "
+        + "at most."),
       legend("0 %", "100 %", lit), A.whole ? chosen : null),
     el("div", {}, A.whole ? [
       h3(`The whole of layer ${l}, head ${h}`), quiet("A row for each token that was read, a column for each that it "
