@@ -154,7 +154,10 @@ panel("recorded", "How this was recorded", "The model computed what it always co
 // ---- begin --------------------------------------------------------------------------------------------------------
 
 function start() {
-  if (!steps.length) return fill(story, "The answer has no token: nothing was recorded.");
+  if (!steps.length) {
+    document.querySelectorAll("section, nav, header button").forEach(node => node.remove());
+    return fill(story, "The answer has no token: nothing was recorded.");
+  }
   const apart = other && runs[other].off.length ? parting(runs[other]) : -1;
   if (rowOf(apart) >= 0) state.t = apart;                                // there one sees what the part was for
   chooseHead(rowOf(state.t));
