@@ -326,8 +326,12 @@ def test_times_and_bytes_add_up(package, windows):
     assert number(groups[3][0]) == pytest.approx(sum(w.nbytes for w in made.model.parameters()), rel=0.01)
 
 
-def test_runs_that_are_compared_say_what_was_switched_off(windows):
-    window, made = windows("qwen3")
+def test_runs_that_are_compared_say_what_was_switched_off(browser, made):
+    made = made("qwen3")
+    window = opened(browser, made.path)
+    opening, other = window.evaluate("({ ...state })"), made.told["runs"][1]["tokens"]
+    apart = next((t for t, (one, two) in enumerate(zip(made.ids, other)) if one != two), None)
+    assert (opening["layer"], opening["head"]) == (0, 4) and (apart is None or opening["t"] == apart)
     choose(window, t=len(made.ids) - 2)
     assert "without layer0.head4" in window.text_content("#banner") and "wrong" in window.text_content("#banner")
     for number, (part, said) in enumerate([(Part("head", 0, 4), "Switched off: layer0.head4."),
@@ -343,6 +347,7 @@ def test_runs_that_are_compared_say_what_was_switched_off(windows):
         marked = window.eval_on_selector_all("#compared div:last-child mark", "all => all.map(one => one.textContent)")
         assert new <= set(marked) and (marked or other["tokens"] == made.ids[:len(other["tokens"])])
         assert window.locator("#lens .lens").count() == 2
+    window.context.close()
 
 
 def test_two_questions_stand_side_by_side(windows):

@@ -153,14 +153,21 @@ panel("recorded", "How this was recorded", "The model computed what it always co
 
 // ---- begin --------------------------------------------------------------------------------------------------------
 
+// Beside a run with a part off: that part, and the first token that is another one. Else the hardest token.
+function chooseOpening() {
+  const of = other ? runs[other] : run, apart = of.off.length ? parting(of) : -1;
+  if (rowOf(apart) >= 0) state.t = apart;
+  chooseHead(rowOf(state.t));
+  const part = /^layer(\d+)\.(head|expert)(\d+)$/.exec(of.off[0]);
+  if (part) { state.layer = +part[1]; state[part[2]] = +part[3]; }
+}
+
 function start() {
   if (!steps.length) {
     document.querySelectorAll("section, nav, header button").forEach(node => node.remove());
     return fill(story, "The answer has no token: nothing was recorded.");
   }
-  const apart = other && runs[other].off.length ? parting(runs[other]) : -1;
-  if (rowOf(apart) >= 0) state.t = apart;                                // there one sees what the part was for
-  chooseHead(rowOf(state.t));
+  chooseOpening();
   readAddress();
   showContents();
   showTheme();
