@@ -435,7 +435,7 @@ def test_the_keyboard_alone_reaches_everything(package, browser, made):
         choose(window, t=20, layer=2, head=2)
         before = window.evaluate("({ ...state })")
         window.focus(f"[data-id={grid}] [tabindex='0']")
-        for key in ("ArrowRight", "ArrowRight", "ArrowDown", "ArrowLeft"):
+        for key in ("ArrowRight", "ArrowDown", "End"):
             window.keyboard.press(key)
             assert window.evaluate("document.activeElement.closest('[data-id]')?.dataset.id") == grid
         now = window.evaluate("({ ...state })")
@@ -443,8 +443,6 @@ def test_the_keyboard_alone_reaches_everything(package, browser, made):
         assert changed == {"strip": {"t"}, "lens": {"t", "layer"}, "heads": {"head", "layer"},
                            "experts": {"expert", "layer"}}[grid]
         assert window.evaluate("location.hash").startswith(f"#t={now['t']}&layer={now['layer']}&head={now['head']}")
-        window.keyboard.press("End")
-        window.keyboard.press("Home")
     window.context.close()
 
 

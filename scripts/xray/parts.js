@@ -27,7 +27,7 @@ panel("rope", "Positions: hands of clocks", "Attention alone would not notice th
   const every = Math.ceil(pairs / 16), shown = range(pairs).filter(j => j % every === 0);
   const columns = Math.min(n, 512), px = Math.max(1, Math.floor(Math.min(1000, body.clientWidth - 10) / columns));
   const canvas = heat(el("canvas", { role: "img", ariaLabel: "Cosine of the angle: a row for each pair, pair 0 on top, "
-    + "a column for each token" }), columns, pairs, (j, x) => signed(Math.cos(angle(j, x))), [columns * px, pairs * 6]);
+    + "a column for each token" }), columns, pairs, (j, x) => ramp((1 + Math.cos(angle(j, x))) / 2), [columns * px, pairs * 6]);
   const hand = look => { const node = svg("svg", { viewBox: "0 0 26 10", width: 26, "aria-hidden": "true" });
     node.append(svg("line", { x1: 2, y1: 5, x2: 24, y2: 5, class: look })); return node; };
   fill(body, el("p", { className: "hands" }, hand("query-hand"), ` token ${query} `, T(word(query)),
@@ -36,7 +36,7 @@ panel("rope", "Positions: hands of clocks", "Attention alone would not notice th
     el("div", { className: "dials" }, shown.map(j => dial(j, query, key))),
     O.yarn ? quiet(`✻ turned more slowly by YaRN, up to ${O.yarn} times, for contexts longer than in training.`) : null,
     h3(`All ${pairs} pairs, ${columns < n ? `the first ${columns}` : "all"} tokens`),
-    el("div", { className: "scroll" }, canvas), legend("hand points down", "up", x => signed(2 * x - 1)));
+    el("div", { className: "scroll" }, canvas), legend("the hand points down", "up", ramp));
 });
 
 // ---- experts ------------------------------------------------------------------------------------------------------
