@@ -153,10 +153,15 @@ panel("recorded", "How this was recorded", "The model computed what it always co
 
 // ---- begin --------------------------------------------------------------------------------------------------------
 
-// Beside a run with a part off: that part, and the first token that is another one. Else the hardest token.
+// Beside a run with a part off: that part, and the first token that is another one, or, if both wrote the same, the one
+// that came closest to being another. Else the hardest token.
 function chooseOpening() {
-  const of = other ? runs[other] : run, apart = of.off.length ? parting(of) : -1;
-  if (rowOf(apart) >= 0) state.t = apart;
+  const of = other ? runs[other] : run, falls = r => written(r) - of.forced[r];
+  if (of.off.length) {
+    const apart = parting(of), most = range(steps.length).filter(r => steps[r] + 1 >= P)
+      .reduce((a, b) => falls(b) > falls(a) ? b : a, Math.max(0, rowOf(P)));
+    state.t = rowOf(apart) >= 0 ? apart : steps[most] + 1;
+  }
   chooseHead(rowOf(state.t));
   const part = /^layer(\d+)\.(head|expert)(\d+)$/.exec(of.off[0]);
   if (part) { state.layer = +part[1]; state[part[2]] = +part[3]; }

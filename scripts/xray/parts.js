@@ -27,7 +27,8 @@ panel("rope", "Positions: hands of clocks", "Attention alone would not notice th
   const every = Math.ceil(pairs / 16), shown = range(pairs).filter(j => j % every === 0);
   const columns = Math.min(n, 512), px = Math.max(1, Math.floor(Math.min(1000, body.clientWidth - 10) / columns));
   const canvas = heat(el("canvas", { role: "img", ariaLabel: "Cosine of the angle: a row for each pair, pair 0 on top, "
-    + "a column for each token" }), columns, pairs, (j, x) => ramp((1 + Math.cos(angle(j, x))) / 2), [columns * px, pairs * 6]);
+    + "a column for each token" }), columns, pairs, (j, x) => ramp((1 + Math.cos(angle(j, x))) / 2),
+    [columns * px, pairs * 6]);
   const hand = look => { const node = svg("svg", { viewBox: "0 0 26 10", width: 26, "aria-hidden": "true" });
     node.append(svg("line", { x1: 2, y1: 5, x2: 24, y2: 5, class: look })); return node; };
   fill(body, el("p", { className: "hands" }, hand("query-hand"), ` token ${query} `, T(word(query)),
@@ -129,8 +130,10 @@ function router(r) {
 function specialists(of) {
   const every = X.layers.flatMap((layer, at) => range(X.E).map(e => [X.loads[at][e] / tokensOf(X),
     of.experts.loads[at][e] / tokensOf(of.experts), layer, e]));
-  every.sort((a, b) => Math.abs(b[0] - b[1]) - Math.abs(a[0] - a[1]));
-  return el("div", {}, h3("Where both runs differ most"), el("ul", {}, every.slice(0, 4).map(([a, b, layer, e]) =>
+  const apart = ([a, b]) => Math.abs(a - b), most = every.filter(one => apart(one) >= 0.02);
+  most.sort((one, two) => apart(two) - apart(one));
+  return el("div", {}, h3("Where both runs differ most"), most.length ? null : quiet("Nowhere: each expert worked on the "
+    + "same share of the tokens, to 2 %."), el("ul", {}, most.slice(0, 4).map(([a, b, layer, e]) =>
     el("li", {}, `Layer ${layer}, expert ${e}: it worked on ${percent(a)} of this run's tokens, on ${percent(b)} of `
       + "the other's."))));
 }

@@ -181,7 +181,7 @@ function readAddress() {
   state.t = within(number("t") ?? state.t, 1, n - 1);
   state.layer = within(number("layer") ?? state.layer, 0, L - 1);
   state.head = within(number("head") ?? state.head, 0, A.H - 1);
-  state.expert = X && number("expert") !== null ? within(number("expert"), 0, X.E - 1) : null;
+  if (location.hash) state.expert = X && number("expert") !== null ? within(number("expert"), 0, X.E - 1) : null;
 }
 
 // ---- the top of the page ------------------------------------------------------------------------------------------
