@@ -52,11 +52,12 @@ const pickExpert = (layer, expert) => choose({ layer, expert });
 const moveExpert = (down, right) => pickExpert(X.layers[within(X.layers.indexOf(expertLayer()) + down, 0,
   X.layers.length - 1)], within((state.expert ?? 0) + right, 0, X.E - 1));
 
+const isOff = (of, layer, e) => of.off.includes(`layer${layer}.expert${e}`);
 function expertSentence(of, at, r, e) {
   const weight = weightOf(of, at, r, e), layer = of.experts.layers[at];
   const work = weight === undefined ? "not chosen" : "weight " + weight.toFixed(2);
   const text = `layer ${layer}, expert ${e}: ${work}`;
-  if (of !== run) return text;
+  if (of !== run) return text + (isOff(of, layer, e) ? ", switched off: it counts nothing" : "");
   const s = score(at, r, e), off = weight === undefined ? null : withoutExpert(layer, e, r);
   return text + (s === null ? "" : `, score ${s.toFixed(2)}` + (X.bias ? `, with its bias `
     + (s + X.bias[at][e]).toFixed(2) : "")) + (off === null ? "" : `; without it ${seen(word(state.t))} would have `
@@ -83,10 +84,11 @@ function expertGrid(of, r) {
       const weight = weightOf(of, at, r, e), text = expertSentence(of, at, r, e), chosen = on(at, e);
       const square = weight === undefined ? null : [el("span", { className: "square", style: {
         height: 100 * Math.min(1, weight) + "%" } }), experts.E <= 16 ? el("span", { className: "weight" },
-        weight.toFixed(2)) : null];
+        isOff(of, layer, e) ? "off" : weight.toFixed(2)) : null];
       const first = state.expert === null && layer === expertLayer() && e === 0;
-      return el(own ? "button" : "span", { className: "cell" + (weight === undefined ? "" : " works"), title: text,
-        ariaLabel: text, ...(own ? { tabIndex: chosen || first ? 0 : -1, ariaPressed: String(chosen),
+      return el(own ? "button" : "span", { className: "cell" + (weight === undefined ? "" : " works")
+        + (isOff(of, layer, e) ? " off" : ""), title: text, ariaLabel: text,
+        ...(own ? { tabIndex: chosen || first ? 0 : -1, ariaPressed: String(chosen),
           onclick: () => pickExpert(layer, e) } : { role: "img" }) }, square);
     })));
   return own ? arrows(grid, "experts", moveExpert) : grid;
@@ -132,8 +134,8 @@ function specialists(of) {
     of.experts.loads[at][e] / tokensOf(of.experts), layer, e]));
   const apart = ([a, b]) => Math.abs(a - b), most = every.filter(one => apart(one) >= 0.02);
   most.sort((one, two) => apart(two) - apart(one));
-  return el("div", {}, h3("Where both runs differ most"), most.length ? null : quiet("Nowhere: each expert worked on the "
-    + "same share of the tokens, to 2 %."), el("ul", {}, most.slice(0, 4).map(([a, b, layer, e]) =>
+  return el("div", {}, h3("Where both runs differ most"), most.length ? null : quiet("Nowhere: each expert worked on "
+    + "the same share of the tokens, to 2 %."), el("ul", {}, most.slice(0, 4).map(([a, b, layer, e]) =>
     el("li", {}, `Layer ${layer}, expert ${e}: it worked on ${percent(a)} of this run's tokens, on ${percent(b)} of `
       + "the other's."))));
 }
