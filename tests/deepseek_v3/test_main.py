@@ -32,7 +32,7 @@ def test_the_answer_goes_to_standard_output_and_nothing_else_does(capfd, monkeyp
     out, err = capfd.readouterr()
     assert out == MLA
     assert "`bash scripts/download_deepseek_v3.sh` gets it): using DeepSeek-V3-Tiny" in err
-    assert re.search(r"DeepSeek-V3-Tiny: 3\.\d MB of weights in bfloat16 on \w+.*, 0.9 kB of cache per token\n", err)
+    assert re.search(r"DeepSeek-V3-Tiny: 4\.\d MB of weights in bfloat16 on \w+.*, 0.9 kB of cache per token\n", err)
     assert "The question is about MLA.\n" in err and "</think>" not in err and "drafts" not in err
 
 

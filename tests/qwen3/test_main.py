@@ -56,7 +56,7 @@ def test_the_answer_goes_to_standard_output_and_nothing_else_does(capfd):
     assert main(["-m", "Qwen3-Tiny", "-p", "What is RoPE?"]) == 0
     out, err = capfd.readouterr()
     assert out == ROPE
-    assert re.search(r"Qwen3-Tiny: 2.4 MB of weights in bfloat16 on \w+.*, 1.3 kB of cache per token\n", err)
+    assert re.search(r"Qwen3-Tiny: 3.6 MB of weights in bfloat16 on \w+.*, 1.3 kB of cache per token\n", err)
     assert "The question is about RoPE.\n" in err and re.search(SPEED, err) and "\033" not in err
 
 
