@@ -1,5 +1,6 @@
 """Training: what is drawn, packed and masked; the losses; a run that goes on where it stopped; fine-tuning."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from scripts.train import balance, corpus, data, grade, learn, own_data, show, state, sums, task, training
+from scripts.train import balance, corpus, data, faster, grade, learn, own_data, show, state, sums, task, training
 from scripts.train.__main__ import main
 from scripts.train.lora import add_lora, merge_lora
 from tests.packages import PACKAGES, module
@@ -119,6 +120,16 @@ def test_sums_are_right_and_none_that_is_asked_at_the_end_was_trained_on():
     (9, 91, ["9 + 1 + 0 = 10, write 0, carry 1.", "0 + 9 + 1 = 10, write 0, carry 1."])])
 def test_addition_on_paper(a, b, lines):
     assert sums.on_paper(a, b) == "\n".join(lines)
+
+
+def test_questions_about_a_word_that_was_taken_out_are_not_asked(monkeypatch):
+    for name in ("heldout", "conversations"):  # with the whole glossary all of them are
+        assert len(grade.questions(name)) == len((corpus.WORDS / f"{name}.jsonl").read_text().splitlines())
+    without = [entry for entry in corpus.entries() if entry.names[0] != "a router"]
+    monkeypatch.setattr(grade, "entries", lambda: without)
+    left = grade.questions("heldout")
+    assert 200 < len(left) < len((corpus.WORDS / "heldout.jsonl").read_text().splitlines())
+    assert all("a router" not in item["about"] and grade.judge(item, "?") for item in left)
 
 
 def test_answers_are_judged_by_what_was_asked():
@@ -270,7 +281,7 @@ def make(package: str) -> torch.nn.Module:
 def test_rows_of_zeros_beside_an_experts_tokens_change_nothing(package):
     plain, padded = (module(package, "weights").load_model(embedded(package), dtype=torch.float32, engine=False)
                      for _ in range(2))
-    training.pad_experts(padded)
+    faster.pad_experts(padded)
     ids = torch.randint(0, 300, (3, 40))
     torch.testing.assert_close(padded(ids), plain(ids))
     for model in (plain, padded):
@@ -385,6 +396,18 @@ def test_a_conversation_longer_than_the_context_is_named(tmp_path, capsys):
     assert "and the model a context of 2048; shorten it" in capsys.readouterr().err
 
 
+def test_a_training_that_was_killed_before_its_steps_were_counted_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(learn, "TIMED", 2)
+    monkeypatch.setattr(learn, "compare", lambda run: None)
+    timed = plan("qwen3", steps=None, minutes=0.001)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(learn.Run, "find_steps", lambda run: signal.raise_signal(signal.SIGINT))
+        patch.setattr(learn, "after_this_step", lambda: contextlib.nullcontext([]))  # as without our handler
+        learn.learn(timed, tmp_path / "out", replace=False, restart=False)
+    assert learn.learn(timed, tmp_path / "out", replace=False, restart=False) == 0
+    assert "going on after step 0\n" in capsys.readouterr().out
+
+
 def test_an_unfinished_training_goes_on_only_with_the_same_settings(tmp_path, capsys):
     run = learn.Run(plan("qwen3"), tmp_path)
     run.one_step(4)
@@ -495,6 +518,19 @@ def test_the_three_questions_are_held_out():
 
 
 # What is shown
+
+
+def test_long_questions_are_asked_less_often(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(show.time, "monotonic", lambda: now[0])
+    clock, rung = show.Clock(), []
+    for second in range(0, 3000, 10):
+        now[0] = max(now[0], float(second))
+        if clock.rings():
+            rung.append(now[0])
+            with clock.paused():
+                now[0] += 5 if len(rung) < 3 else 100
+    assert rung[:3] == [60, 130, 200] and rung[3] - rung[2] == 500 and rung[4] - rung[3] == 500
 
 
 def test_the_curve_falls_from_left_to_right():

@@ -6,7 +6,7 @@ STEPS = {"qwen3": 7000, "qwen3_moe": 4500, "deepseek_v3": 4500}
 LEARNING_RATE = {"qwen3": 5e-3, "qwen3_moe": 5e-3, "deepseek_v3": 4e-3}
 
 
-# H · N = 192 differs from D = 128, and K < H: code that mistakes one size for another fails on this checkpoint too.
+# H · N = 192 differs from D = 160, and K < H: code that mistakes one size for another fails on this checkpoint too.
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": VOCABULARY, "hidden_size": 160,
     "intermediate_size": 448, "num_hidden_layers": 5, "num_attention_heads": 6, "num_key_value_heads": 2,

@@ -92,8 +92,9 @@ class Run:
                 show.progress(f"step {done:,} of {self.steps:,}   loss {recent(self.losses):.3f}   "
                               f"{show.minutes(left)} left   Ctrl-C: stop, and go on later")
                 if clock.rings():
-                    self.ask()
-                    self.save()
+                    with clock.paused():
+                        self.ask()
+                        self.save()
             if stopped:
                 self.save()
             return not stopped
@@ -152,7 +153,7 @@ def learn(plan: Plan, folder: Path, replace: bool, restart: bool) -> int:
           f"{plan.threads} threads", flush=True)
     if notes:
         run.resume(notes)
-        print(f"going on after step {run.training.step:,} of {run.steps:,}", flush=True)
+        print(f"going on after step {run.training.step:,}" + (f" of {run.steps:,}" if run.steps else ""), flush=True)
     else:
         run.ask()
         run.save()  # so that the same command goes on, whenever it is killed
