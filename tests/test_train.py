@@ -336,7 +336,10 @@ def test_what_is_saved_has_the_names_and_types_of_the_release(package, tmp_path,
                  str(write(tmp_path / "q.jsonl", QUESTIONS))]) == 0
     saved, there = (load_file(folder / "model.safetensors") for folder in (tmp_path / "new", embedded(package)))
     assert {name: t.dtype for name, t in saved.items()} == {name: t.dtype for name, t in there.items()}
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {path.name for path in embedded(package).iterdir()}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {
+        *(path.name for path in embedded(package).iterdir()), "losses.json"}
+    losses = json.loads((tmp_path / "new/losses.json").read_text())
+    assert len(losses) == 1 and losses[0] == pytest.approx(math.log(300), rel=0.2)
     assert "at first it was as unsure" in capsys.readouterr().out.lower()
 
 

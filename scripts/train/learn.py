@@ -1,5 +1,6 @@
 """A training from its first step to a saved checkpoint: started, watched, interrupted, gone on with, finished."""
 
+import json
 import math
 import signal
 import time
@@ -100,11 +101,12 @@ class Run:
             return not stopped
 
     def finish(self) -> None:
-        """Ask a last time, and write the weights where the state was."""
+        """Ask a last time, and write the weights, and the losses of all steps, where the state was."""
         self.ask()
         if self.plan.lora:
             lora.merge_lora(self.model)
         checkpoint.save_weights(self.model, self.folder, self.dtype)
+        (self.folder / checkpoint.LOSSES).write_text(json.dumps(self.losses))
         (self.folder / state.NAME).unlink(missing_ok=True)
 
 
