@@ -20,21 +20,21 @@ def fuse_long_rows(model: nn.Module, fused: type[nn.Module], length: int = 512) 
             module.sdpa = attention_of(module)
 
 
-def pad_experts(model: nn.Module, multiple: int = 128) -> None:
-    """Give each expert rows of zeros up to a multiple: the same numbers, in half of the time.
+def pad_rows(model: nn.Module, multiple: int = 128) -> None:
+    """Give the head, and each expert, rows of zeros up to a multiple: the same numbers, in half of the time.
 
-    An expert gets another number of tokens at every step, and the CPU's library for matmuls (oneDNN) makes new code for
-    every new shape, which takes longer than the matmul.
+    They get another number of tokens at every step, and the CPU's library for matmuls (oneDNN) makes new code for every
+    new shape, which takes longer than the matmul, and keeps it.
     """
-    def pad(mlp: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    def pad(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
         (x,) = inputs
-        mlp.rows = len(x)
-        return F.pad(x, (0, 0, 0, -len(x) % multiple))
+        module.rows = len(x)
+        return F.pad(x, (0, 0, 0, -len(x) % multiple)) if x.ndim == 2 else x
 
-    def cut(mlp: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
-        return out[:mlp.rows]
+    def cut(module: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
+        return out[:module.rows]
 
-    for experts in [module for module in model.modules() if type(module).__name__ == "Experts"]:
-        for mlp in experts:
-            mlp.register_forward_pre_hook(pad)
-            mlp.register_forward_hook(cut)
+    experts = [mlp for module in model.modules() if type(module).__name__ == "Experts" for mlp in module]
+    for module in [model.lm_head, *experts]:
+        module.register_forward_pre_hook(pad)
+        module.register_forward_hook(cut)
