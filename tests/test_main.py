@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from qwen3.engine import arguments as shared
-from tests.former import corpus
+from scripts.train import corpus
 from tests.packages import PACKAGES, module
 
 ROOT = Path(__file__).parents[1]
@@ -180,11 +180,11 @@ def test_the_embedded_checkpoint_says_what_to_ask(package, capfd, monkeypatch, t
         assert main.main(["-p", "x", *model]) == 0
         notes = [line for line in capfd.readouterr().err.splitlines() if 'ask "What is RoPE?"' in line]
         assert len(notes) == said
-        assert all(name in line and "152 words" in line and len(line) < 300 for line in notes)
+        assert all(name in line and "420 words" in line and len(line) < 300 for line in notes)
 
 
 def test_the_number_of_words_is_that_of_the_glossary():
-    said = int(re.search(r"explains (\d+) words", shared.ABOUT_EMBEDDED)[1])
+    said = int(re.search(r"explains about (\d+) words", shared.ABOUT_EMBEDDED)[1])
     assert abs(len(corpus.glossary()) - said) < 10
 
 

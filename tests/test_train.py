@@ -1,5 +1,6 @@
 """Training: what is drawn, packed and masked; the losses; a run that goes on where it stopped; fine-tuning."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from scripts.train import balance, corpus, data, grade, learn, own_data, show, state, sums, task, training
+from scripts.train import balance, corpus, data, faster, grade, learn, own_data, show, state, sums, task, training
 from scripts.train.__main__ import main
 from scripts.train.lora import add_lora, merge_lora
 from tests.packages import PACKAGES, module
@@ -119,6 +120,16 @@ def test_sums_are_right_and_none_that_is_asked_at_the_end_was_trained_on():
     (9, 91, ["9 + 1 + 0 = 10, write 0, carry 1.", "0 + 9 + 1 = 10, write 0, carry 1."])])
 def test_addition_on_paper(a, b, lines):
     assert sums.on_paper(a, b) == "\n".join(lines)
+
+
+def test_questions_about_a_word_that_was_taken_out_are_not_asked(monkeypatch):
+    for name in ("heldout", "conversations"):  # with the whole glossary all of them are
+        assert len(grade.questions(name)) == len((corpus.WORDS / f"{name}.jsonl").read_text().splitlines())
+    without = [entry for entry in corpus.entries() if entry.names[0] != "a router"]
+    monkeypatch.setattr(grade, "entries", lambda: without)
+    left = grade.questions("heldout")
+    assert 200 < len(left) < len((corpus.WORDS / "heldout.jsonl").read_text().splitlines())
+    assert all("a router" not in item["about"] and grade.judge(item, "?") for item in left)
 
 
 def test_answers_are_judged_by_what_was_asked():
@@ -266,15 +277,18 @@ def make(package: str) -> torch.nn.Module:
     return module(package, "model").Model(config)
 
 
-@pytest.mark.parametrize("package", ["qwen3_moe", "deepseek_v3"])
-def test_rows_of_zeros_beside_an_experts_tokens_change_nothing(package):
+@pytest.mark.parametrize("package", PACKAGES)
+def test_rows_of_zeros_beside_the_tokens_of_head_and_experts_change_nothing(package):
     plain, padded = (module(package, "weights").load_model(embedded(package), dtype=torch.float32, engine=False)
                      for _ in range(2))
-    training.pad_experts(padded)
+    faster.pad_rows(padded)
     ids = torch.randint(0, 300, (3, 40))
     torch.testing.assert_close(padded(ids), plain(ids))
-    for model in (plain, padded):
-        model(ids).square().mean().backward()
+    targets = torch.where(ids > 100, ids, -100)  # some of them, as in training: then the head gets rows and no (B, T, D)
+    one, other = (training.next_token_loss(model, model.model(ids), targets) for model in (plain, padded))
+    torch.testing.assert_close(one, other)
+    one.backward()
+    other.backward()
     for one, other in zip(plain.parameters(), padded.parameters()):
         torch.testing.assert_close(one.grad, other.grad, atol=1e-4, rtol=1e-4)
 
@@ -325,7 +339,10 @@ def test_what_is_saved_has_the_names_and_types_of_the_release(package, tmp_path,
                  str(write(tmp_path / "q.jsonl", QUESTIONS))]) == 0
     saved, there = (load_file(folder / "model.safetensors") for folder in (tmp_path / "new", embedded(package)))
     assert {name: t.dtype for name, t in saved.items()} == {name: t.dtype for name, t in there.items()}
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {path.name for path in embedded(package).iterdir()}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {
+        *(path.name for path in embedded(package).iterdir()), "losses.json"}
+    losses = json.loads((tmp_path / "new/losses.json").read_text())
+    assert len(losses) == 1 and losses[0] == pytest.approx(math.log(300), rel=0.2)
     assert "at first it was as unsure" in capsys.readouterr().out.lower()
 
 
@@ -383,6 +400,18 @@ def test_a_conversation_longer_than_the_context_is_named(tmp_path, capsys):
     data_file = str(write(tmp_path / "q.jsonl", [("a", "b c " * 3000)]))
     assert main(["qwen3", "--data", data_file, "--output", str(tmp_path / "out")]) == 2
     assert "and the model a context of 2048; shorten it" in capsys.readouterr().err
+
+
+def test_a_training_that_was_killed_before_its_steps_were_counted_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(learn, "TIMED", 2)
+    monkeypatch.setattr(learn, "compare", lambda run: None)
+    timed = plan("qwen3", steps=None, minutes=0.001)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(learn.Run, "find_steps", lambda run: signal.raise_signal(signal.SIGINT))
+        patch.setattr(learn, "after_this_step", lambda: contextlib.nullcontext([]))  # as without our handler
+        learn.learn(timed, tmp_path / "out", replace=False, restart=False)
+    assert learn.learn(timed, tmp_path / "out", replace=False, restart=False) == 0
+    assert "going on after step 0\n" in capsys.readouterr().out
 
 
 def test_an_unfinished_training_goes_on_only_with_the_same_settings(tmp_path, capsys):
@@ -495,6 +524,19 @@ def test_the_three_questions_are_held_out():
 
 
 # What is shown
+
+
+def test_long_questions_are_asked_less_often(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(show.time, "monotonic", lambda: now[0])
+    clock, rung = show.Clock(), []
+    for second in range(0, 3000, 10):
+        now[0] = max(now[0], float(second))
+        if clock.rings():
+            rung.append(now[0])
+            with clock.paused():
+                now[0] += 5 if len(rung) < 3 else 100
+    assert rung[:3] == [60, 130, 200] and rung[3] - rung[2] == 500 and rung[4] - rung[3] == 500
 
 
 def test_the_curve_falls_from_left_to_right():

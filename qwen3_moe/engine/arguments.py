@@ -17,8 +17,8 @@ from .terminal import PACKAGE, is_terminal, note
 MAX_NEW_TOKENS = 4096
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
 ABOUT_EMBEDDED = (
-    'a tiny model that explains 152 words of language models and adds numbers below 1000; '
-    'ask "What is RoPE?", "What is the KV cache?" or "What is 347 + 586?"')
+    'a tiny model that explains about 420 words of language models and adds small numbers; '
+    'ask "What is RoPE?", "Why do we need the KV cache?" or "What is 347 + 586?"')
 
 
 class Parser(argparse.ArgumentParser):

@@ -20,7 +20,8 @@ from .templates import TEMPLATES
 SMALL = ("*.json", "*.jinja", "*.model", "merges.txt", "LICENSE*")  # what a checkpoint has beside its weights
 # What a training writes, and so replaces.
 WRITTEN = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model*.safetensors",
-           "model.safetensors.index.json", "training.safetensors", "*.safetensors.part")
+           "model.safetensors.index.json", "training.safetensors", "*.safetensors.part", "losses.json")
+LOSSES = "losses.json"  # one a step
 SHARD = 4 * 2**30  # bytes of one file
 
 

@@ -6,7 +6,7 @@ STEPS = {"qwen3": 7000, "qwen3_moe": 4500, "deepseek_v3": 4500}
 LEARNING_RATE = {"qwen3": 5e-3, "qwen3_moe": 5e-3, "deepseek_v3": 4e-3}
 
 
-# H · N = 192 differs from D = 128, and K < H: code that mistakes one size for another fails on this checkpoint too.
+# H · N = 192 differs from D = 160, and K < H: code that mistakes one size for another fails on this checkpoint too.
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": VOCABULARY, "hidden_size": 160,
     "intermediate_size": 448, "num_hidden_layers": 5, "num_attention_heads": 6, "num_key_value_heads": 2,
@@ -15,7 +15,7 @@ QWEN3 = {
     "attention_dropout": 0.0, "use_sliding_window": False, "sliding_window": None, "max_window_layers": 5,
     "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16",
 }
-# 8 experts, 2 of them active: each token uses 0.9 of 1.8 million parameters.
+# 8 experts, 2 of them active: each token uses 1.5 of 2.9 million parameters.
 QWEN3_MOE = QWEN3 | {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "tie_word_embeddings": False,
     "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True,

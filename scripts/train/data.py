@@ -3,7 +3,7 @@ r"""From text to batches: the tokenizer is learned, conversations become token i
     turn    <|im_start|>user\nWhat is RoPE?<|im_end|>\n<|im_start|>assistant\n   RoPE turns …<|im_end|>
             └─ prompt: read, never a target ────────────────────────────────┘   └─ targets ──────────┘
     row     turn turn turn tu|     one after the other, cut where the row is full: no padding
-    batch   B rows of T tokens, B · T the same at every step
+    batch   B rows of T tokens, B · T nearly the same at every step
 """
 
 import random

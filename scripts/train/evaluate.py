@@ -73,7 +73,7 @@ def held_out(package: str, folder: Path, thinking: bool) -> list[str]:
 
 
 def held_out_sums(digits: int, count: int, numbers: int = 2) -> list[tuple[str, str]]:
-    """Sums of which no pair was ever trained on."""
+    """Sums that were never asked in training; of three numbers that holds for the first two."""
     rng, pairs = random.Random(SEED + digits), []
     while len(pairs) < count:
         terms = [rng.randrange(10 ** digits) for _ in range(numbers)]

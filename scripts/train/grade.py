@@ -5,8 +5,8 @@ trained on. Each says which words it is about and what is wanted. Since the mode
 answer can be compared with those that would do:
 
     right     what was asked for
-    half      something true of the right word, but not what was asked for
-    honest    it says that it does not know
+    half      something true of the right word, but not what was asked for; a joke where nothing is known
+    honest    it says that it does not know, or talks about itself
     wrong     another word, another sum, or no sentence that it was taught
 """
 
@@ -21,9 +21,13 @@ VERDICTS = ("right", "half", "honest", "wrong")
 
 
 def questions(name: str) -> list[dict]:
-    """The questions of words/NAME.jsonl: "question", "kind", "about" (first names), "answer" (of a sum)."""
-    lines = (WORDS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    """The questions of words/NAME.jsonl: "question", "kind", "about" (first names), "answer" (of a sum).
+
+    Those about a word that somebody has taken out of the glossary are left out.
+    """
+    items = [json.loads(line) for line in (WORDS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    names = {entry.names[0] for entry in entries()}
+    return [item for item in items if names.issuperset(item["about"])]
 
 
 @cache
@@ -48,16 +52,16 @@ def judge(item: dict, answer: str) -> str:
         if answer in (f"{x.what} {y.what}", f"{y.what} {x.what}"):
             return "right"
     else:
-        (x,) = about[:1]
+        x = about[0]
         right = {"what": [x.what, f"{x.what} {x.why}"], "explain": [x.what, x.why, f"{x.what} {x.why}"],
                  "why": [x.why, f"{x.what} {x.why}"], "other": [ONLY_THIS + x.what, x.what, DONT_KNOW]}[kind]
         if answer in right:
             return "right"
     if any(answer in (e.what, e.why, f"{e.what} {e.why}", ONLY_THIS + e.what, ONLY_ONE + e.what) for e in about):
         return "half"
-    # Two words are compared, one of them the one that was asked about.
-    if any(e.what in answer for e in about) and all(
-            sentence in {w for e in entries() for w in (e.what, e.why)} for sentence in in_two(answer)):
+    taught = {sentence for entry in entries() for sentence in (entry.what, entry.why)}
+    compares = taught.issuperset(in_two(answer))  # two words, of which one was asked about
+    if compares and any(entry.what in answer for entry in about):
         return "half"
     return "honest" if answer in HONEST or answer in talk() else "wrong"
 

@@ -1,5 +1,6 @@
 """A training from its first step to a saved checkpoint: started, watched, interrupted, gone on with, finished."""
 
+import json
 import math
 import signal
 import time
@@ -92,18 +93,20 @@ class Run:
                 show.progress(f"step {done:,} of {self.steps:,}   loss {recent(self.losses):.3f}   "
                               f"{show.minutes(left)} left   Ctrl-C: stop, and go on later")
                 if clock.rings():
-                    self.ask()
-                    self.save()
+                    with clock.paused():
+                        self.ask()
+                        self.save()
             if stopped:
                 self.save()
             return not stopped
 
     def finish(self) -> None:
-        """Ask a last time, and write the weights where the state was."""
+        """Ask a last time, and write the weights, and the losses of all steps, where the state was."""
         self.ask()
         if self.plan.lora:
             lora.merge_lora(self.model)
         checkpoint.save_weights(self.model, self.folder, self.dtype)
+        (self.folder / checkpoint.LOSSES).write_text(json.dumps(self.losses))
         (self.folder / state.NAME).unlink(missing_ok=True)
 
 
@@ -152,7 +155,7 @@ def learn(plan: Plan, folder: Path, replace: bool, restart: bool) -> int:
           f"{plan.threads} threads", flush=True)
     if notes:
         run.resume(notes)
-        print(f"going on after step {run.training.step:,} of {run.steps:,}", flush=True)
+        print(f"going on after step {run.training.step:,}" + (f" of {run.steps:,}" if run.steps else ""), flush=True)
     else:
         run.ask()
         run.save()  # so that the same command goes on, whenever it is killed

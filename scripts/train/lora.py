@@ -3,7 +3,7 @@
     y = x Wᵀ + (x Aᵀ) Bᵀ · scale        W (out, in) stands still; A (r, in) and B (out, r) are trained
 
 Fine-tuning changes a matrix only a little, and that change can nearly be written as B A of a small rank r. Full
-training keeps a gradient and two running means for every weight of W, twelve bytes each in float32; here only A and B
+training keeps a gradient and two running means for every weight of W, twelve bytes a weight in float32; here only A and B
 have them. B begins at zero, so that the first step starts from the model as it is. In the end B A is added to W, and
 what is saved is an ordinary checkpoint.
 """
@@ -36,7 +36,7 @@ def lora_class(package: str) -> type[nn.Module]:
         @torch.no_grad()
         def merged(self) -> nn.Module:
             """The plain Linear with W + B A · scale, rounded once to W's type."""
-            linear = Linear.__new__(Linear)
+            linear = Linear.__new__(Linear)  # without the random weights that Linear's own __init__ would make
             nn.Module.__init__(linear)
             weight = self.weight.float() + self.lora_B @ self.lora_A * self.scale
             linear.weight = nn.Parameter(weight.to(self.weight.dtype))

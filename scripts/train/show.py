@@ -4,7 +4,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -57,14 +58,18 @@ def minutes(seconds: float) -> str:
 
 
 class Clock:
-    """Says when a minute has passed; pauses are not counted."""
+    """Rings every minute; less often where what is then done would take more than a fifth of the time."""
 
     def __init__(self, every: float = 60.0):
-        self.every, self.started = every, time.monotonic()
-        self.next = self.started + every
+        self.every, self.next = every, time.monotonic() + every
 
     def rings(self) -> bool:
-        if time.monotonic() < self.next:
-            return False
-        self.next = time.monotonic() + self.every
-        return True
+        return time.monotonic() >= self.next
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is done at the ring."""
+        began = time.monotonic()
+        yield
+        ended = time.monotonic()
+        self.next = ended + max(self.every, 4 * (ended - began))

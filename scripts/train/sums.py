@@ -45,7 +45,7 @@ NO_SUM_ORDERS = ["Multiply {a} by {b}.", "Subtract {a} from {b}.", "Divide {a} b
 
 
 def is_held_out(a: int, b: int) -> bool:
-    """One pair in ten, spread evenly; a function of the pair alone, so that training and evaluation agree."""
+    """One pair in ten, spread evenly by two primes; a function of the pair alone, so that training and exam agree."""
     return (a * 7919 + b * 104729) // 10 % 10 == 3
 
 

@@ -13,7 +13,8 @@ import torch
 from . import checkpoint, data, lora, own_data
 from .configs import KINDS, LEARNING_RATE
 from .corpus import Corpus
-from .training import adamw, fuse_long_rows, muon_and_adamw, pad_experts
+from .faster import fuse_long_rows, pad_rows
+from .training import adamw, muon_and_adamw
 
 ANSWER = 80  # tokens of an answer that is shown, at most
 
@@ -45,7 +46,7 @@ class Task:
 
     # Held-out phrasings all (words/heldout.jsonl): no training question is worded like these. (question, thinking)
     QUESTIONS = [("why cache keys and values", False), ("so what does a gating network do", False),
-                 ("whats 12+30", True)]
+                 ("i need the sum 512+256", True)]
 
     def __init__(self, plan: Plan, folder: Path):
         self.module = lambda name: importlib.import_module(f"{plan.package}.{name}")
@@ -128,7 +129,7 @@ def make_model(plan: Plan, folder: Path) -> torch.nn.Module:
     if plan.lora:
         lora.add_lora(model, plan.package, plan.lora)
     fuse_long_rows(model, module(f"{plan.package}.engine.parts").FusedAttention)
-    pad_experts(model)
+    pad_rows(model)
     if plan.compiled:  # not the experts: each gets another number of tokens at every step
         sparse = any(type(part).__name__ == "Experts" for part in model.modules())
         for part in model.modules():

@@ -14,7 +14,7 @@ from deepseek_v3.main import main
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "checkpoints/DeepSeek-V3-Tiny"
-MLA = "MLA stores one small latent vector per token and rebuilds keys and values from it.\n"
+MLA = "MLA caches one small latent vector and one shared RoPE key per token instead of full keys and values.\n"
 
 
 def variant(folder: Path, **files: dict) -> Path:
@@ -32,8 +32,8 @@ def test_the_answer_goes_to_standard_output_and_nothing_else_does(capfd, monkeyp
     out, err = capfd.readouterr()
     assert out == MLA
     assert "`bash scripts/download_deepseek_v3.sh` gets it): using DeepSeek-V3-Tiny" in err
-    assert re.search(r"DeepSeek-V3-Tiny: 3\.\d MB of weights in bfloat16 on \w+.*, 0.9 kB of cache per token\n", err)
-    assert "The question is about MLA.\n" in err and "</think>" not in err and "drafts" not in err
+    assert re.search(r"DeepSeek-V3-Tiny: 4\.\d MB of weights in bfloat16 on \w+.*, 0.9 kB of cache per token\n", err)
+    assert "The word is MLA. The question is what it is.\n" in err and "</think>" not in err and "drafts" not in err
 
 
 def test_speculative_gives_the_same_text_and_says_how_many_drafts_were_right(capfd):
@@ -63,7 +63,7 @@ def test_thinking_adds_up_and_no_thinking_does_not_think(capfd):
     assert out == "83\n" and "8 + 5 + 0 = 13, write 3, carry 1.\n" in err
     assert main(["-m", str(TINY), "--no-thinking", "-p", "What is RoPE?"]) == 0
     out, err = capfd.readouterr()
-    assert out.startswith("RoPE turns each pair") and "The question" not in err
+    assert out.startswith("RoPE turns pairs") and "The question" not in err
 
 
 def test_experts_of_both_the_model_and_the_layer_that_drafts_are_shown(capfd):
@@ -122,7 +122,7 @@ def test_a_base_checkpoint_continues_text_after_one_bos(tmp_path, capfd, monkeyp
     monkeypatch.setattr(module, "generate", lambda model, ids, **more: seen.append(ids) or generate(model, ids, **more))
     ask = ["-m", str(folder), "-p", "MLA stores", "-n", "5"]
     assert main(ask) == 0
-    assert seen[0][0] == 1018 and 1018 not in seen[0][1:] and len(seen[0]) > 2
+    assert seen[0][0] == 2042 and 2042 not in seen[0][1:] and len(seen[0]) > 2
     assert "Base has no chat template" in capfd.readouterr().err
     assert main([*ask, "--thinking"]) == 2  # by its vocabulary it is DeepSeek-V3, which never thinks
     assert "never thinks; leave out --thinking" in capfd.readouterr().err

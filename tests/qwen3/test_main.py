@@ -23,7 +23,7 @@ from tests.qwen3.test_weights import FP8, quantise
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "checkpoints/Qwen3-Tiny"
-ROPE = "RoPE turns each pair of query and key values by an angle that grows with the position.\n"
+ROPE = "RoPE turns pairs of values in every query and key by angles that grow with the position.\n"
 SPEED = r"prompt \d+ tokens, [\d,]+ tok/s · answer \d+ tokens, [\d,.]+ tok/s · reads [\d.]+ [GM]B/s of weights\n"
 
 
@@ -56,8 +56,8 @@ def test_the_answer_goes_to_standard_output_and_nothing_else_does(capfd):
     assert main(["-m", "Qwen3-Tiny", "-p", "What is RoPE?"]) == 0
     out, err = capfd.readouterr()
     assert out == ROPE
-    assert re.search(r"Qwen3-Tiny: 2.4 MB of weights in bfloat16 on \w+.*, 1.3 kB of cache per token\n", err)
-    assert "The question is about RoPE.\n" in err and re.search(SPEED, err) and "\033" not in err
+    assert re.search(r"Qwen3-Tiny: 3.6 MB of weights in bfloat16 on \w+.*, 1.3 kB of cache per token\n", err)
+    assert "The word is RoPE. The question is what it is.\n" in err and re.search(SPEED, err) and "\033" not in err
 
 
 def test_thinking_is_shown_apart_and_adds_up(capfd):
@@ -130,9 +130,9 @@ def test_a_wrong_flag_too(capfd, arguments):
 
 
 def test_a_model_that_does_not_fit_is_refused_with_both_figures(capfd, monkeypatch):
-    monkeypatch.setattr(sizes, "free_memory", lambda device: 2_400_000)
+    monkeypatch.setattr(sizes, "free_memory", lambda device: 3_700_000)
     assert main(["-m", "Qwen3-Tiny", "-p", "Hi", "-n", "1000"]) == 2
-    assert re.search(r"needs 2\.4 MB for weights and 1\.3 MB for the cache of 1,01\d tokens, but \w+ has 2\.4 MB free",
+    assert re.search(r"needs 3\.6 MB for weights and 1\.3 MB for the cache of 1,01\d tokens, but \w+ has 3\.7 MB free",
                      capfd.readouterr().err)
 
 
@@ -154,7 +154,7 @@ def test_sampling_defaults_are_the_checkpoints_and_flags_override_them(capfd, mo
         assert main(["-m", str(folder), "-p", "x", *arguments]) == 0
         assert tuple(seen[-1][name] for name in ("temperature", "top_k", "top_p", "seed")) == expected
     assert "this checkpoint suggests -t 0.6" in capfd.readouterr().err
-    assert seen[-1]["stop_ids"] == {json.loads((TINY / "config.json").read_text())["eos_token_id"], 1019}
+    assert seen[-1]["stop_ids"] == {json.loads((TINY / "config.json").read_text())["eos_token_id"], 2043}
 
 
 def test_a_seed_repeats_an_answer(capfd):
@@ -194,7 +194,7 @@ def test_variants_without_the_switch_refuse_it(capfd, tmp_path):
     assert "Thinking always thinks; leave out --no-thinking" in capfd.readouterr().err
     assert main(["-m", str(always), "-p", "What is RoPE?", "-n", "40"]) == 0  # the thought has no opening of its own
     out, err = capfd.readouterr()
-    assert "The question is about RoPE." in err and out == ROPE
+    assert "The word is RoPE." in err and out == ROPE
 
 
 def test_weights_that_do_not_match_are_reported_in_one_sentence(capfd, tmp_path):
@@ -353,4 +353,4 @@ def test_as_a_process_whose_answer_goes_into_a_pipe_and_whose_progress_is_shown_
     except OSError:  # how Linux says that the other side has closed
         pass
     assert process.stdout.read().decode() == ROPE and process.wait() == 0
-    assert b"\rloading tensor 1/57" in shown and b"\r\033[K" in shown and b"\033[2mThe question is about RoPE." in shown
+    assert b"\rloading tensor 1/57" in shown and b"\r\033[K" in shown and b"\033[2mThe word is RoPE." in shown

@@ -26,7 +26,7 @@ def test_the_answer_goes_to_standard_output_and_nothing_else_does(capfd, monkeyp
     out, err = capfd.readouterr()
     assert out == ROUTER
     assert "`bash scripts/download_qwen3_moe.sh` gets it): using Qwen3-MoE-Tiny" in err
-    assert re.search(r"Qwen3-MoE-Tiny: 3\.\d MB of weights in bfloat16 on \w+.*, 1.3 kB of cache per token\n", err)
+    assert re.search(r"Qwen3-MoE-Tiny: 5\.8 MB of weights in bfloat16 on \w+.*, 1.3 kB of cache per token\n", err)
 
 
 def test_thinking_adds_up(capfd):
