@@ -8,7 +8,7 @@ from qwen3.layers import attention_mask
 
 from .__main__ import parse
 from .pack import Words, small_numbers, visible
-from .run import Program, Recording, one_run, record
+from .run import Program, one_run, record
 from .terminal import shares
 
 SUM, GLOSSARY = "What is 347 + 586?", "What is RoPE?"
@@ -18,14 +18,14 @@ READS_DIGITS = (1, 0), (1, 1), (1, 2)
 LAYERS, HEADS, NOPE, ROPE, VALUE, LATENT, GROUPS, GROUP = 61, 128, 128, 64, 128, 512, 8, 128
 
 
-def recorded(model: str, question: str, *words: str) -> tuple[Program, Recording, dict, list[str]]:
-    """One run in float32: (…, what a page would hold of it, its tokens as text)."""
+def recorded(model: str, question: str, *words: str) -> tuple[Program, dict, list[str]]:
+    """One run in float32: (the program, what a page would hold of the run, its tokens as text)."""
     own, rest = parse(["-m", model, "-p", question, "--dtype", "float32", *words])
     program = Program(own, rest)
     program.load(program.prompt_ids(question))
-    recording, table = record(program, question, None), Words(program.tokenizer)
-    run = one_run(program, table, recording, recording)
-    return program, recording, run | {"words": table.table}, [text(program, id) for id in recording.ids]
+    recording = record(program, question, None)
+    run = one_run(program, Words(program.tokenizer), recording, recording)
+    return program, run, [text(program, id) for id in recording.ids]
 
 
 def text(program: Program, id: int) -> str:
@@ -43,7 +43,7 @@ def last_column(tokens: list[str]) -> tuple[int, int]:
 
 
 def measure_attention() -> dict:
-    program, _, run, tokens = recorded("Qwen3-Tiny", SUM)
+    _, run, tokens = recorded("Qwen3-Tiny", SUM)
     begin, end = last_column(tokens)
     maps = [[[round(share, 3) for share in shares(run, run["steps"].index(p), layer, head)[begin:]]
              for p in range(begin, end + 1)] for layer, head in READS_DIGITS]
@@ -52,7 +52,7 @@ def measure_attention() -> dict:
 
 
 def measure_lens() -> dict:
-    program, recording, run, tokens = recorded("Qwen3-Tiny", SUM)
+    program, run, tokens = recorded("Qwen3-Tiny", SUM)
     _, end = last_column(tokens)
     rows = [run["steps"].index(p) for p in range(end - 4, end + 3)]
     cells = [[[text(program, run["lens"]["top"][r][depth][0][0]), round(run["lens"]["top"][r][depth][0][1], 3)]
@@ -63,7 +63,7 @@ def measure_lens() -> dict:
 
 
 def measure_clocks() -> dict:
-    program, _, run, tokens = recorded("Qwen3-Tiny", SUM)
+    _, run, tokens = recorded("Qwen3-Tiny", SUM)
     _, query = last_column(tokens)
     looked = shares(run, run["steps"].index(query), *READS_DIGITS[1])
     key, frequencies = looked.index(max(looked)), run["rope"]["frequencies"]
@@ -73,7 +73,7 @@ def measure_clocks() -> dict:
 
 
 def measure_yarn() -> dict:
-    program, _, run, _ = recorded("DeepSeek-V3-Tiny", GLOSSARY)
+    program, run, _ = recorded("DeepSeek-V3-Tiny", GLOSSARY)
     scaling = program.config.rope_scaling
     return {"factor": scaling.factor, "trained": scaling.original_max_position_embeddings,
             "fast": scaling.beta_fast, "slow": scaling.beta_slow,
@@ -83,7 +83,7 @@ def measure_yarn() -> dict:
 def measure_experts() -> dict:
     found = []
     for question in (SUM, GLOSSARY):
-        _, recording, run, _ = recorded("Qwen3-MoE-Tiny", question)
+        _, run, _ = recorded("Qwen3-MoE-Tiny", question)
         experts = run["experts"]
         tokens = sum(experts["loads"][0]) / experts["A"]
         found.append([small_numbers(torch.tensor(load) / tokens, 4) for load in experts["loads"]])
@@ -93,7 +93,7 @@ def measure_experts() -> dict:
 def measure_cache() -> dict:
     """Bytes a token, in bfloat16. The rule is tried on the caches of the small models before it is used."""
     for model in ("Qwen3-Tiny", "DeepSeek-V3-Tiny"):
-        program, _, run, _ = recorded(model, GLOSSARY, "-n", "1")
+        program, run, _ = recorded(model, GLOSSARY, "-n", "1")
         config = program.config
         kept = (config.kv_lora_rank + config.qk_rope_head_dim if hasattr(config, "kv_lora_rank")
                 else 2 * config.num_key_value_heads * config.head_dim)
@@ -148,7 +148,7 @@ def drafted_run(seed: int) -> tuple[list[dict], list[str]]:
 
 
 def measure_mask() -> dict:
-    """Three tokens read after four that the cache holds; and two prompts of one batch, the second two tokens shorter."""
+    """Three tokens read after four that the cache holds; two prompts of one batch, the second two tokens shorter."""
     device = torch.device("cpu")
     padded = attention_mask(0, 5, torch.tensor([[0], [2]]), device)[:, 0]
     return {"cached": 4, "after": attention_mask(4, 3, None, device).int().tolist(),
