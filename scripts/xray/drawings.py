@@ -27,6 +27,11 @@ class Shaded(Picture):
 
 
 def percent(share: float) -> str:
+    """Nothing is rounded to all or nothing."""
+    if 0 < share < 0.01:
+        return "< 1 %"
+    if 0.99 < share < 1:
+        return "> 99 %"
     return f"{100 * share:.0f} %"
 
 
@@ -124,22 +129,22 @@ def draw_yarn(numbers: dict) -> str:
     turns = [numbers["trained"] * speed / (2 * math.pi) for speed in plain]
     picture = Shaded(334)
     picture.text(24, 30, "YaRN's ramp: how many times as slowly each pair turns", "head")
-    axes = Axes(picture, (60, 66, 630, 170), (0, len(plain) - 1), (1, factor))
+    axes = Axes(picture, (84, 66, 606, 170), (0, len(plain) - 1), (1, factor))
     for y in range(1, math.floor(factor) + 1):
         _, at = axes.place(0, y)
-        picture.line([(60, at), (690, at)], "grid thin")
-        picture.text(52, at + 4, f"{y} ×", "soft end")
+        picture.line([(84, at), (690, at)], "grid thin")
+        picture.text(68, at + 4, f"{y} ×", "soft end")
     axes.curve(list(enumerate(slowed)), "a")
     for pair, (times, round_) in enumerate(zip(slowed, turns)):
         x, y = axes.place(pair, times)
         picture.dot(x, y, "a")
         picture.text(x, 256, str(pair), "soft middle")
         picture.text(x, 274, f"{round_:,.0f}" if round_ >= 10 else f"{round_:.2g}", "soft middle")
-    picture.text(52, 256, "pair", "soft end")
-    picture.text(52, 274, "turns", "soft end")
-    picture.text(60, 300, f"turns: how often a pair goes round within the {numbers['trained']:,} tokens of training",
+    picture.text(62, 256, "pair", "soft end")
+    picture.text(62, 274, "turns", "soft end")
+    picture.text(24, 300, f"turns: how often a pair goes round within the {numbers['trained']:,} tokens of training",
                  "soft")
-    picture.text(60, 318, f"more than {numbers['fast']:g}: as before; fewer than {numbers['slow']:g}: {factor:g} times "
+    picture.text(24, 318, f"more than {numbers['fast']:g}: as before; fewer than {numbers['slow']:g}: {factor:g} times "
                  "as slowly", "soft")
     first = next((j for j, times in enumerate(slowed) if times > 1.001), len(slowed))
     last = next((j for j, times in enumerate(slowed) if times > factor - 0.001), len(slowed))
@@ -181,17 +186,17 @@ def draw_cache(numbers: dict) -> str:
     most, sizes = 131_072, numbers["bytes"]
     names = {"multi-head": "keys and values of all heads (MHA)", "grouped": "8 groups of heads (GQA)",
              "latent": "one latent for all heads (MLA)"}
-    picture = Shaded(330)
+    picture = Shaded(346)
     picture.text(24, 30, f"The cache by context, {numbers['layers']} layers in bfloat16, logarithmic scale", "head")
     low, high = min(sizes.values()) * 1024, max(sizes.values()) * most
-    axes = Axes(picture, (74, 52, 380, 226), (0, most), (low, high), log=True)
+    axes = Axes(picture, (74, 68, 380, 226), (0, most), (low, high), log=True)
     for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1):
         _, y = axes.place(0, 10 ** power)
         picture.line([(74, y), (454, y)], "grid thin")
         picture.text(66, y + 4, of_bytes(10 ** power), "soft end")
     for x in (1024, 32_768, 65_536, most):
         at, _ = axes.place(x, low)
-        picture.text(at, 298, f"{x:,}", "soft middle")
+        picture.text(at, 314, f"{x:,}", "soft middle")
     ends = [axes.curve([(x, size * x) for x in range(1024, most + 1, 2032)], color)
             for size, color in zip(sizes.values(), "gba")]
     said = []
@@ -200,14 +205,14 @@ def draw_cache(numbers: dict) -> str:
         picture.text(468, y + 17, f"{numbers['values'][name]:,} values a layer; {of_bytes(size * most)}", "soft")
         said.append(f"{names[name]}: {of_bytes(size)} a token, {of_bytes(size * 32_768)} at 32,768 tokens, "
                     f"{of_bytes(size * most)} at {most:,}")
-    picture.text(74, 318, "tokens of context", "soft")
+    picture.text(74, 334, "tokens of context", "soft")
     return picture.svg("Bytes of the cache by context for MHA, GQA and MLA", (
         f"A model of DeepSeek-V3's shape with three kinds of cache. {'; '.join(said)}."))
 
 
 def draw_drafting(numbers: dict) -> str:
-    steps, row, first = numbers["steps"], 88, numbers["steps"][0]["first"] - 3
-    size = min(62, 450 // (steps[-1]["first"] + 2 - first))  # of a slot; a mark follows the last
+    steps, row, first = numbers["steps"], 86, numbers["steps"][0]["first"] - 2
+    size = min(62, 470 // (steps[-1]["first"] + 2 - first))  # of a slot; a mark follows the last
     picture = Shaded(86 + row * len(steps))
     picture.text(24, 30, "Drafting: what each step writes into the two caches", "head")
     picture.text(24, 52, "✓ the draft was kept; ✗ it was refused, and its slot is written again", "soft")
@@ -218,16 +223,16 @@ def draw_drafting(numbers: dict) -> str:
             picture.cell(150 + size * (slot - first), y, size - 4, 24, 0.25, "g")
 
     for i, step in enumerate(steps):
-        y, at, (begin, end) = 72 + row * i, step["first"], step["drafts"]
+        y, at, (begin, end) = 90 + row * i, step["first"], step["drafts"]
         picture.text(24, y + 17, f"step {i + 1}: the model", "soft")
         picture.text(24, y + 47, "the draft layer", "soft")
         slots(y, at)
         for slot, word, color in ((at, step["read"][0], "a"), (at + 1, step["read"][1], "c" if step["kept"] else "b")):
             x = 150 + size * (slot - first)
             picture.cell(x, y, size - 4, 24, TEXT_SHADE, color)
-            picture.text(x + size / 2 - 2, y + 17, word[:6], "mono middle")
-            picture.text(x + size / 2 - 2, y + 75, str(slot), "soft middle")
-        mark = "✓" if step["kept"] else f"✗ → {step['wrote'][:9]}"
+            picture.text(x + size / 2 - 2, y + 17, word.strip("·")[:6] or word, "mono middle")
+            picture.text(x + size / 2 - 2, y - 6, f"slot {slot}", "soft middle")
+        mark = "✓" if step["kept"] else f"✗ → {step['wrote'].strip('·')[:9]}"
         picture.text(158 + size * (at + 2 - first), y + 17, mark, f"{'c' if step['kept'] else 'b'} label")
         slots(y + 30, begin)
         for slot in range(begin, end):
