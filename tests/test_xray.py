@@ -300,9 +300,9 @@ def check_choice(told: dict, r: int, logits: torch.Tensor, written: int, setting
     rest = torch.tensor(step["rest"])
     assert int(rest[:, 1].sum()) == len(logits) - told["kept"]
     for temperature in (0.5, 1.0, 2.0):  # what the page makes of it, if another temperature had been chosen
-        some = (kept / temperature).exp().sum() + (rest[:, 1] * (rest[:, 0] / temperature).exp()).sum()
-        chance = float((kept[0] / temperature).exp() / some)
-        assert chance == pytest.approx(float((logits / temperature).softmax(-1).max()), abs=1e-3)
+        some = ((kept - kept[0]) / temperature).exp().sum()
+        some += (rest[:, 1] * ((rest[:, 0] - kept[0]) / temperature).exp()).sum()
+        assert float(1 / some) == pytest.approx(float((logits / temperature).softmax(-1).max()), abs=1e-3)
 
 
 # 3 Drafting
