@@ -373,3 +373,18 @@ def test_pytest_shows_names_when_it_is_asked():
         done = subprocess.run([sys.executable, "-m", "pytest", test, "-p", "no:cacheprovider", *flags], cwd=ROOT,
                               capture_output=True, text=True, env=environment)
         assert (f"{test} PASSED" in done.stdout) == shown and ("rootdir" in done.stdout) == shown, done.stdout
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_terminal_is_told_once_how_to_see_inside(package, monkeypatch, capfd):
+    main = module(package, "main")
+    monkeypatch.setattr(main, "DEFAULT", "not downloaded")
+    said = []
+    for words in (["-p", "Hi", "-n", "2"], ["-m", PACKAGES[package], "-p", "Hi", "-n", "2"]):
+        monkeypatch.setattr(module(package, "engine.conversation"), "is_terminal", lambda stream: True)
+        assert main.main(words) == 0
+        said.append(capfd.readouterr().err.splitlines()[-1])
+        monkeypatch.setattr(module(package, "engine.conversation"), "is_terminal", lambda stream: False)
+        assert main.main(words) == 0 and "scripts.xray" not in capfd.readouterr().err  # a pipe is not
+    command = "see inside: uv run python -m scripts.xray{} -o page.html, with the flags of this run"
+    assert said == [command.format(f" -m {PACKAGES[package]}"), command.format("")]

@@ -5,6 +5,7 @@ Nothing here knows how an answer is computed: main.py hands in a function that y
 
 import argparse
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import takewhile
@@ -22,7 +23,7 @@ from .prepare import compute_dtype
 from .requests import check_request
 from .safetensors_reader import CheckpointFiles
 from .sizes import bytes_per_token, cache_bytes_per_token, check_memory
-from .terminal import PACKAGE, Questions, note, progress, show_answer
+from .terminal import PACKAGE, Questions, is_terminal, note, progress, show_answer
 
 COMMANDS = "/clear forgets the conversation, /system TEXT sets the system prompt, /think, /no_think, /exit"
 HELP = """\
@@ -149,6 +150,9 @@ class Conversation:
             why = f": the context of {room} tokens is full" if full else "; -n allows more"
             note(f"cut off after {limit} tokens{why}")
         note(speed.summary(self.remark()))
+        if is_terminal(sys.stderr) and not self.arguments.chat and not self.arguments.compile:
+            model = "" if self.arguments.model else f" -m {self.name}"
+            note(f"see inside: uv run python -m scripts.xray{model} -o page.html, with the flags of this run")
         return text
 
 
