@@ -307,10 +307,11 @@ def check_choice(told: dict, r: int, logits: torch.Tensor, written: int, setting
 
 # 3 Drafting
 
-def test_a_speculative_run_is_recorded_like_the_plain_one():
+@pytest.mark.parametrize("new", [23, 24])  # after one of them a draft is read that nobody needs
+def test_a_speculative_run_is_recorded_like_the_plain_one(new):
     model, ids = tiny("deepseek_v3")
-    plain, every = recorded("deepseek_v3", model, ids, max_new_tokens=24)
-    drafting, same = recorded("deepseek_v3", model, ids, max_new_tokens=24, speculative=True)
+    plain, every = recorded("deepseek_v3", model, ids, max_new_tokens=new)
+    drafting, same = recorded("deepseek_v3", model, ids, max_new_tokens=new, speculative=True)
     assert same == every and list(drafting.rows) == list(plain.rows)
     assert drafting.passes["answer"] < plain.passes["answer"]
     for position, row in plain.rows.items():
@@ -323,8 +324,7 @@ def test_a_speculative_run_is_recorded_like_the_plain_one():
     read = len(every) - 1  # the last token is never read
     for layer, load in plain.loads.items():
         assert int(load.sum()) == read * model.config.num_experts_per_tok
-        # After the last token that is wanted, a draft may have been read.
-        assert 0 <= int((drafting.loads[layer] - load).sum()) <= 2 * model.config.num_experts_per_tok
+        assert torch.equal(drafting.loads[layer], load)
     for draft in drafting.drafts:
         assert draft["token"] == every[draft["at"]] and (draft["truth"] > 0) == (draft["token"] == draft["drafted"])
 

@@ -239,6 +239,8 @@ class Recorder(Listener):
         self.rows = {position: row for position, row in sorted(self.rows.items())
                      if position < len(ids) - 1 and row.token == ids[position]}
         self.drafts = [draft for draft in self.drafts if draft["at"] < len(ids)]
+        for layer, chosen in self.last_chosen.items() if self.end > len(ids) - 1 else ():  # a draft after the end
+            self.loads[layer] = self.loads[layer] - torch.bincount(chosen, minlength=len(self.loads[layer]))
         wrong = self.drawn[:len(ids) - len(prompt_ids)] != ids[len(prompt_ids):]
         silent = [layer for layer in range(len(self.layers)) for row in self.rows.values() if layer not in row.heard]
         if wrong or silent:
