@@ -13,7 +13,7 @@ import torch
 
 from .after import chances, given, lens, matters
 from .limits import STRONGEST
-from .pack import Words, packed, roots, small_numbers
+from .pack import Words, fine_roots, packed, roots, small_numbers
 from .record import Recorder
 
 LIKELIEST = 4  # tokens of each cell of the lens
@@ -197,6 +197,6 @@ def weights(seen: Recorder) -> list:
 
 
 def what_matters(off: dict | None) -> dict | None:
-    """heads (L, H, steps) and experts (layers, E, steps): bytes of the roots of chances."""
-    return off and {"whole": small_numbers(off["whole"], 5), "heads": packed(roots(off["heads"])),
-                    "experts": packed(roots(off["experts"]))}
+    """heads (L, H, steps) and experts (layers, E, steps): the roots of chances, in two bytes each."""
+    return off and {"whole": small_numbers(off["whole"], 5), "heads": packed(fine_roots(off["heads"])),
+                    "experts": packed(fine_roots(off["experts"]))}

@@ -36,10 +36,11 @@ function strongest(layer, head, r, count = A.strongest) {
 }
 
 // The chance of the written token with this head (expert) off in step r; null where that was not computed.
-const headBytes = M && unpack(M.heads, Uint8Array), expertBytes = M && unpack(M.experts, Uint8Array);
-const withoutHead = (l, h, r) => M ? shareOf(headBytes[(l * A.H + h) * steps.length + r]) : null;
+const headOff = M && unpack(M.heads, Uint16Array), expertOff = M && unpack(M.experts, Uint16Array);
+const chanceOf = number => (number / 65535) ** 2;                       // the same in two bytes, to be compared
+const withoutHead = (l, h, r) => M ? chanceOf(headOff[(l * A.H + h) * steps.length + r]) : null;
 const withoutExpert = (l, e, r) =>
-  M && X ? shareOf(expertBytes[(X.layers.indexOf(l) * X.E + e) * steps.length + r]) : null;
+  M && X ? chanceOf(expertOff[(X.layers.indexOf(l) * X.E + e) * steps.length + r]) : null;
 
 const word = (i, of = run) => words[of.tokens[i]];
 const rowOf = (t, of = run) => t - 1 - of.steps[0] in of.steps ? t - 1 - of.steps[0] : -1;  // the step that wrote t

@@ -46,6 +46,11 @@ def roots(shares: Tensor) -> Tensor:
     return (shares.clamp(0, 1).sqrt() * 255).round().to(torch.uint8)
 
 
+def fine_roots(shares: Tensor) -> Tensor:
+    """The same in two bytes, where a share is compared with one that was computed once more."""
+    return (shares.clamp(0, 1).sqrt() * 65535).round().to(torch.int32).to(torch.uint16)
+
+
 def small_numbers(values: Tensor, digits: int = 4) -> list:
     """As nested lists of rounded numbers."""
     return [round(value, digits) for value in values.tolist()] if values.ndim == 1 else [

@@ -97,9 +97,9 @@ def turn_other_pairs(stack: ExitStack, attention: torch.nn.Module) -> None:
         stack.enter_context(patch.object(attention, "rope_interleave", not attention.rope_interleave))
         return
     for norm in (attention.q_norm, attention.k_norm):  # the last step before queries and keys are rotated
-        stack.callback(norm.register_forward_hook(lambda _, __, x: neighbours_apart(x)).remove)
+        stack.callback(norm.register_forward_hook(lambda _, __, x: deinterleave(x)).remove)
 
 
-def neighbours_apart(x: Tensor) -> Tensor:
+def deinterleave(x: Tensor) -> Tensor:
     """Values in the order 0 2 4 … 1 3 5 …: what is rotated as the halves of a head were neighbours."""
     return torch.cat((x[..., 0::2], x[..., 1::2]), -1)
