@@ -15,7 +15,7 @@ import torch
 
 from . import checkpoint, data, grade, lora, show, state
 from .configs import KINDS
-from .own_data import read_data
+from .own_data import Conversation, read_data
 from .task import Plan, Task, check_trainable, make_model, optimizers_of
 from .training import Training
 
@@ -191,6 +191,13 @@ def remove_old(folder: Path) -> None:
             path.unlink()
 
 
+def is_known(run: Run, taught: Conversation) -> bool:
+    """Answered word for word? Longer than what was taught it need not become."""
+    room = len(run.task.tokenizer.encode((taught.thought or "") + taught.answer)) + 16
+    said = run.task.answer(run.model, taught.messages[-1]["content"], taught.thought is not None, room)
+    return said == " ".join(taught.answer.split())
+
+
 def compare(run: Run) -> None:
     """What was said before the first step and at the end; the loss as a curve; how to go on."""
     plan, folder = run.plan, run.folder
@@ -203,8 +210,7 @@ def compare(run: Run) -> None:
         print(f"  {question}\n    before: {short(then, 70)}\n    now:    {short(now)}")
     if run.task.conversations:
         asked = [each for each in run.task.conversations if len(each.messages) == 1][:100]
-        right = sum(run.task.answer(run.model, each.messages[-1]["content"], each.thought is not None, 200)
-                    == " ".join(each.answer.split()) for each in asked)
+        right = sum(is_known(run, each) for each in asked)
         print(f"\n{right} of {len(asked)} questions of the file are answered word for word")
     elif not run.task.text:
         from .evaluate import held_out
