@@ -43,7 +43,7 @@ class Config:
 
     # How the weights are stored.
     dtype: torch.dtype | None = None  # None: the file does not say, and the tensors decide
-    quantization: str | None = None  # "fp8": weights are stored in eight bits, with scales
+    quantization: str | None = None  # "fp8", "awq", "gptq", …: weights are stored in fewer bits, with scales
     weight_block_size: tuple[int, int] | None = None  # rows x columns that share a scale, where the file says it
 
     # How to generate, from generation_config.json.

@@ -7,8 +7,10 @@ from dataclasses import replace
 import torch
 
 from ..config import Config
+from ..layers import Linear
 from ..model import MTPLayer
 from .fields import plain
+from .packed_formats import INTEGERS
 from .quantized import FP8
 from .safetensors_reader import CheckpointFiles, is_copy
 
@@ -51,6 +53,12 @@ def what_is_wrong(config: Config, files: CheckpointFiles, extra: Collection[str]
     with torch.device("meta"):
         layer = MTPLayer(config, first)
     expected = {f"model.layers.{first}.{name}": tuple(p.shape) for name, p in layer.named_parameters()}
+    for name, module in layer.named_modules():
+        whole, shape = f"model.layers.{first}.{name}", tuple(module.weight.shape) if isinstance(module, Linear) else ()
+        for format in INTEGERS if shape else ():
+            if leaves := format.stored(files, whole, shape, config):
+                del expected[f"{whole}.weight"]
+                expected |= {f"{whole}.{leaf}": size for leaf, size in leaves.items()}
     for name, original in copies.items():
         scales = [f"{each}_scale_inv" for each in (name, original)]
         same = is_copy(files, name, original, every=997) if name in extra else True

@@ -17,7 +17,9 @@ from ..layers import Linear
 from ..model import Model
 from .fields import DTYPES, plain
 from .parts import FASTER, KEPT_IN_FLOAT32, correct, count_parts, stack_experts
-from .quantized import FORMATS, FP8, QuantizedLinear
+from .int4 import IntegerLinear
+from .packed_formats import FORMATS
+from .quantized import FP8, QuantizedLinear
 from .safetensors_reader import CheckpointFiles, is_copy, read_header
 from .supported import check_tensor_names
 
@@ -89,13 +91,15 @@ def prepare(model: Model, files: CheckpointFiles, device: str | torch.device, dt
 
     for name, module in list(model.named_modules()):
         if name in formats:
-            make, leaves = formats[name]
-            tensors = {leaf: read(f"{name}.{leaf}") for leaf in leaves}
+            format, leaves = formats[name]
+            tensors, shape = {leaf: read(f"{name}.{leaf}") for leaf in leaves}, tuple(module.weight.shape)
             if dtype is None:
                 tensors = {leaf: place(module, leaf, tensor) for leaf, tensor in tensors.items()}
-                model.set_submodule(name, make(model.config, **tensors))
+                model.set_submodule(name, linear := format.make(model.config, shape, **tensors))
+                if isinstance(linear, IntegerLinear) and device.type == "cpu" and ".experts." not in name:
+                    linear.pack()  # of the experts only those that a token is routed to, and then
             else:
-                place(module, "weight", make(model.config, **tensors).matrix(compute))
+                place(module, "weight", format.make(model.config, shape, **tensors).matrix(compute))
         else:
             for leaf in list(module._parameters):
                 if (whole := f"{name}.{leaf}") in shapes:

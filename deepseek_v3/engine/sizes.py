@@ -9,6 +9,7 @@ from ..config import Config
 from ..layers import KVCache
 from ..model import Layer, Model
 from .memory import free_memory, gigabytes
+from .packed_formats import LEAF, count_weights
 from .parts import KEPT_IN_FLOAT32, count_experts
 from .prepare import compute_dtype, read_checkpoint
 from .quantized import FP8
@@ -26,8 +27,10 @@ def count_bytes(config: Config, files: CheckpointFiles, dtype: torch.dtype | str
         is_scale = name.endswith("_scale_inv")
         if is_scale and dtype is not None:
             continue  # multiplied in
-        as_stored = name.endswith(KEPT_IN_FLOAT32) or dtype is None and (stored == FP8 or is_scale)
-        size = math.prod(shape) * (stored if as_stored else compute).itemsize
+        is_packed = bool(LEAF.fullmatch(name))
+        as_stored = name.endswith(KEPT_IN_FLOAT32) or dtype is None and (stored == FP8 or is_scale or is_packed)
+        count = count_weights(files, name) if is_packed and dtype is not None else math.prod(shape)
+        size = count * (stored if as_stored else compute).itemsize
         dense, experts = (dense, experts + size) if ".experts." in name else (dense + size, experts)
     used, every = count_experts(config)
     return dense + (experts * used // every if active else experts)
@@ -63,7 +66,7 @@ def check_memory(directory: str | Path, device: torch.device, dtype: str | None,
     weights, free = count_bytes(config, files, dtype, active=False), free_memory(device)
     compute, (used, every) = compute_dtype(config, files, dtype), count_experts(config)
     stored = {tensor.dtype for name, tensor in files.tensors.items()
-              if not name.endswith(("_scale_inv", *KEPT_IN_FLOAT32))}
+              if not name.endswith(("_scale_inv", *KEPT_IN_FLOAT32)) and not LEAF.fullmatch(name)}
     stay_in_file = device.type == "cpu" and stored <= {compute, FP8 if dtype is None else compute}
     needed = count_bytes(config, files, dtype, active=stay_in_file)
     if free is not None and weights + cache > free >= needed + cache:

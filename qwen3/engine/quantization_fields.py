@@ -1,5 +1,7 @@
 """How a checkpoint says that its weights are quantised: which spellings of FP8 are read, and what is refused.
 
+Integers of four or eight bits are in integer_fields.py.
+
 Published in many spellings: DeepSeek's and Qwen's `fp8`, `compressed-tensors` (Red Hat), `modelopt` (NVIDIA),
 `fbgemm_fp8` (Meta). All of them mean the formula of quantized.py, and `read_quantization` accepts what does. Such
 checkpoints also quantise activations, with scales that are stored (static) or computed (dynamic). Here activations
@@ -9,6 +11,7 @@ stay in the wider type, so those scales are not used.
 from pathlib import Path
 
 from .fields import Fields, read_json, short
+from .integer_fields import read_integers
 
 OTHERS = {  # what a quant_method or a quant_algo stands for
     "awq": "AWQ, 4 bits", "gptq": "GPTQ, 4 or 8 bits", "auto-round": "AutoRound, 4 bits",
@@ -25,7 +28,7 @@ MARKS = ("quant_method", "quant_algo", "config_groups", "fmt", "activation_schem
 
 
 def read_quantization(fields: Fields, directory: Path) -> dict[str, object]:
-    """{"quantization": "fp8" or None, "weight_block_size": (rows, columns) or None}; ValueError for other formats."""
+    """{"quantization": a format or None, "weight_block_size": (rows, columns) or None}; ValueError for others."""
     mlx = fields.get("quantization")
     if mlx is not None and fields.get("quantization_config", {}) in ({}, mlx):
         bits = fields.object("quantization").get("bits", 4)
@@ -42,10 +45,17 @@ def read_quantization(fields: Fields, directory: Path) -> dict[str, object]:
     def refuse(field: str, value: object, why: str = "") -> None:
         key = str(value).lower()
         what = next((f" ({text})" for kind, text in OTHERS.items() if kind in key), "")
-        raise ValueError(f"{where}: {field} {short(value)} is not known{what}{why}; only FP8 weights (e4m3) are, "
-                         "with a scale for each block, row or tensor: get such a release or the one in bfloat16")
+        raise ValueError(f"{where}: {field} {short(value)} is not known{what}{why}; FP8 weights (e4m3) are, and those "
+                         "of AWQ, GPTQ and pack-quantized in 4 or 8 bits: get such a release or the one in bfloat16")
 
     method, algo, groups = q.get("quant_method"), q.get("quant_algo"), q.get("config_groups")
+    if rotation := q.get("transform_config"):  # a Hadamard rotation
+        refuse("transform_config", rotation)
+    sparsity = q.get("sparsity_config")  # weights left out
+    if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format", "dense") == "dense"):
+        refuse("sparsity_config", sparsity)
+    if integers := read_integers(q, refuse):
+        return integers
     if algo is not None and algo not in ("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN"):
         refuse("quant_algo", algo)
     if method not in (None, "fp8", "compressed-tensors", "modelopt", "fbgemm_fp8"):
@@ -61,11 +71,6 @@ def read_quantization(fields: Fields, directory: Path) -> dict[str, object]:
             refuse(name, q.get(name))
     if all(q.get(name) is None for name in MARKS):
         refuse("quant_method", None)
-    if rotation := q.get("transform_config"):  # a Hadamard rotation
-        refuse("transform_config", rotation)
-    sparsity = q.get("sparsity_config")  # weights left out
-    if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format", "dense") == "dense"):
-        refuse("sparsity_config", sparsity)
     block = read_block(q, "weight_block_size", refuse)
     for group in groups.values() if isinstance(groups, dict) else [groups] if groups is not None else []:
         weights = group.get("weights") if isinstance(group, dict) else None

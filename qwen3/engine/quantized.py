@@ -1,7 +1,7 @@
 """Linear layers whose weights are stored in fewer bits, and dequantised as they are used.
 
 `QuantizedLinear` is what loading and compiling know of all of them. FP8 is one of them: eight bits a weight, and a
-scale that several weights share.
+scale that several weights share. Small integers are in int4.py.
 
     W = scale * q       q in float8_e4m3fn; one scale for    the tensor   (1, 1)
                                                              each row     (O, 1)
@@ -39,6 +39,11 @@ class QuantizedLinear(FastLinear):
 
         Raises ValueError for a damaged or unannounced format.
         """
+        raise NotImplementedError
+
+    @classmethod
+    def make(cls, config: Config, shape: tuple[int, int], **tensors: Tensor) -> "QuantizedLinear":
+        """Of the tensors that `stored` names, for a W of `shape`."""
         raise NotImplementedError
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
@@ -79,11 +84,12 @@ class FP8Linear(QuantizedLinear):
                              f"row or tensor of {shape}")
         return {"weight": shape, "weight_scale_inv": grid_of(shape, block)}
 
+    @classmethod
+    def make(cls, config: Config, shape: tuple[int, int], **tensors: Tensor) -> "FP8Linear":
+        return cls(config, **tensors)
+
     def matrix(self, dtype: torch.dtype) -> Tensor:
         return dequantize(self.weight, self.weight_scale_inv, dtype, self.block)
-
-
-FORMATS = (FP8Linear,)
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype, block: tuple[int, int] = (128, 128)) -> Tensor:

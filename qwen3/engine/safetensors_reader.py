@@ -24,6 +24,9 @@ from .fields import one_line, plain, read_json, short
 SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
+# Words of packed integers, their zero points and groups (packed_formats.py), known under these names alone.
+INTEGERS = {"I32": torch.int32, "I64": torch.int64}
+PACKED = re.compile(r".+\.(qweight|qzeros|g_idx|weight_(packed|shape|zero_point|g_idx))")
 FOUR_BITS = {"U8": " (4-bit weights, as NVFP4's, are)", "U32": " (4-bit weights in MLX's format are)",
              "I32": " (4-bit weights of AWQ and GPTQ are)"}
 # Tensors that are no weights: tables that follow from the config, counters, and scales of activations and of a
@@ -70,7 +73,9 @@ class CheckpointFiles:
             self.passed_over.append(name)
         shared: dict[re.Match, TensorInfo] = {}  # one scale for all experts of a layer
         for name, tensor in list(self.tensors.items()):
-            if not isinstance(tensor.dtype, torch.dtype):
+            if tensor.dtype in INTEGERS and PACKED.fullmatch(name):
+                self.tensors[name] = tensor._replace(dtype=INTEGERS[tensor.dtype])
+            elif not isinstance(tensor.dtype, torch.dtype):
                 stored = short(tensor.dtype)[1:-1] + FOUR_BITS.get(tensor.dtype, "")
                 known = ", ".join(SAFETENSORS_DTYPES)
                 raise ValueError(f"{tensor.path}: {plain(name)} is stored as {stored}; known are {known}")
@@ -80,7 +85,7 @@ class CheckpointFiles:
             elif fused and len(tensor.shape) and tensor.shape[0] <= 4096:
                 del self.tensors[name]
                 self.tensors |= split_experts(tensor, fused)
-            elif name.endswith(".weight_scale"):  # another spelling of the same number
+            elif name.endswith(".weight_scale") and f"{name[:-5]}packed" not in self.tensors:  # another spelling
                 self.tensors[f"{name}_inv"] = self.tensors.pop(name)
         for fused, tensor in shared.items():
             names = "gate_proj|up_proj" if fused[2] == "gate_up_proj" else "down_proj"
@@ -163,8 +168,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         for name, entry in header.items():
             shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
             dtype = SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"])  # one that is not known may be a buffer's
+            itemsize = getattr(INTEGERS.get(dtype, dtype), "itemsize", None)
             whole = all(type(number) is int and number >= 0 for number in (*shape, first, last)) and first <= last
-            if not whole or (isinstance(dtype, torch.dtype) and last - first != math.prod(shape) * dtype.itemsize):
+            if not whole or (itemsize and last - first != math.prod(shape) * itemsize):
                 raise ValueError(f"{plain(name)} is not where the header says")
             tensors[name] = TensorInfo(path, shape, dtype, 8 + length + first, last - first)
         covered = 8 + length  # every byte belongs to one tensor, and to one only

@@ -1,0 +1,192 @@
+"""Weights as small integers: four or eight bits each, and a scale for each group of them.
+
+    W[o, i] = scale[o, g] * (q[o, i] - zero[o, g])        g = i // group: neighbours in a row share scale and zero
+
+    by hand, four bits, group = 8, zero = 8:
+        W            0.31  -0.70   0.12   0.05  -0.24   0.55  -0.08   0.40
+        scale        0.1                                                          0.70 / 7
+        q              11      1      9      9      6     14      7     12      round(W / scale) + zero, in 0…15
+        scale (q-8)   0.3   -0.7    0.1    0.1   -0.2    0.6   -0.1    0.4      off by at most scale / 2
+
+Decoding reads every weight once a token, so a quarter of the bytes is up to four times as fast. What differs between
+the published formats is only where the bits lie (packed_formats.py); all of them become `Integers`.
+
+    one row        PyTorch's matmul on four bits, in bfloat16, on the CPU: it sums x (scale (q - 8) + offset)
+    many rows      dequantise a piece of W, multiply, take the next: the kernel would take longer than a matmul
+
+The kernel wants the values in an order of its own (`pack`): made once, from the file, when a layer is first used.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .fast import matmul
+from .quantized import QuantizedLinear
+
+FEW = 32  # rows up to which the kernel is faster than dequantising; it takes four at a time
+GROUPS = (256, 128, 64, 32)  # that the kernel knows
+PIECE = 2**19  # weights that are dequantised at a time: 1 MB in bfloat16, which a processor's cache holds
+
+
+class Integers(NamedTuple):
+    """A matrix W (O, I) as its format means it, whatever the order of its bits was."""
+
+    values: Tensor  # (O, I): uint8 with 0…15, or int8
+    scale: Tensor  # (O, G)
+    zero: Tensor  # (O, G), in the type of the values
+    group: int  # columns that share a scale
+    group_of: Tensor | None = None  # (I,), where the columns of a group are not neighbours (GPTQ's desc_act)
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """W (O, I), rounded to the scale's type as the libraries do that wrote it, then to `dtype`."""
+        columns = torch.arange(self.values.shape[1], device=self.values.device)
+        group_of = columns // self.group if self.group_of is None else self.group_of
+        q, zero = self.values.short(), self.zero.short()  # differences of int8 reach 255
+        return ((q - zero[:, group_of]).to(self.scale.dtype) * self.scale[:, group_of]).to(dtype).contiguous()
+
+    def sorted_by_group(self) -> tuple["Integers", Tensor | None]:
+        """Groups of neighbours, and the order of the columns that makes them so; None: as they were."""
+        neighbours = torch.arange(self.values.shape[1]) // self.group
+        if self.group_of is None or torch.equal(self.group_of, neighbours):
+            return self._replace(group_of=None), None
+        order = self.group_of.argsort(stable=True)
+        return self._replace(values=self.values[:, order], group_of=self.group_of[order]), order
+
+
+@functools.cache
+def layout() -> tuple[int, int] | None:
+    """How this processor's kernel wants four-bit values: (rows of a block, axis of `nibbles`); None without a kernel.
+
+    A block of rows is stored column by column. A byte holds rows j and j + block/2 (axis -2), or 2j and 2j + 1 (-1).
+    """
+    q = torch.arange(64 * 32).view(64, 32) * 7 % 16  # neighbours of all kinds
+    try:
+        wanted = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1).flatten()
+    except (AttributeError, RuntimeError):  # this PyTorch has none
+        return None
+    known = [(block, axis) for block in (64, 32, 16) for axis in (-2, -1)]
+    return next((one for one in known if torch.equal(join_nibbles(q.byte(), *one).flatten(), wanted)), None)
+
+
+def nibbles(data: Tensor, axis: int = -1) -> Tensor:
+    """Bytes (…, n) -> their halves (…, 2n), the lower one first: in turn (axis -1), or all lower ones first (-2)."""
+    return torch.stack((data & 15, data >> 4), axis).flatten(-2)
+
+
+def join_nibbles(values: Tensor, block: int, axis: int) -> Tensor:
+    """(O, I) with 0…15, O a multiple of the block -> bytes (O / block, I, block / 2); the inverse of `nibbles`."""
+    pairs = values.unflatten(0, (-1, 2, block // 2) if axis == -2 else (-1, block // 2, 2))
+    low, high = pairs.unbind(axis - 1)
+    return (low | high << 4).mT.contiguous()
+
+
+class Packed(NamedTuple):
+    """Integers as they are computed with: groups of neighbours; of four bits, whole blocks of rows."""
+
+    values: Tensor  # four bits: bytes (O / block, I, block / 2); eight bits: int8 (O, I)
+    scale: Tensor  # (G, O) beside four bits, (O, G) beside eight
+    zero: Tensor | None  # int8, like the scale; None: 8 (four bits) or 0 (eight) everywhere
+    rows: int  # O without padding
+    group: int
+    axis: int  # of `nibbles`
+    order: Tensor | None  # of the columns
+    kernel: tuple[int, Tensor] | None  # for PyTorch's kernel: its group, and scales and offsets (G, O, 2) or (O,)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x (n, I) -> x W^T (n, O)."""
+        x = x if self.order is None else x[:, self.order]
+        has_gradient = torch.is_grad_enabled() and x.requires_grad  # the kernel computes none
+        if self.kernel is None or x.dtype != torch.bfloat16 or x.shape[0] > FEW or has_gradient:
+            return torch.cat([matmul(x, W) for W in self.pieces(x.dtype)], -1)[:, :self.rows]
+        (group, scales), x = self.kernel, x.contiguous()
+        if self.values.dtype == torch.int8:
+            return torch.ops.aten._weight_int8pack_mm(x, self.values, scales)
+        values = self.values.view(scales.shape[1], -1)  # (O, I / 2)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, values, group, scales)[:, :self.rows]
+
+    def pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """W in pieces of some rows, (some, I) each: the numbers of Integers.matrix."""
+        if self.values.dtype == torch.int8:
+            for first in range(0, self.rows, step := max(PIECE // self.values.shape[1], 1)):
+                rows = slice(first, first + step)
+                q = self.values[rows].unflatten(1, (-1, self.group))
+                q = q if self.zero is None else q.short() - self.zero[rows, :, None]
+                yield (q.to(self.scale.dtype) * self.scale[rows, :, None]).to(dtype).flatten(1)
+            return
+        blocks, I, half = self.values.shape
+        for first in range(0, blocks, step := max(PIECE // (I * 2 * half), 1)):
+            rows = slice(first * 2 * half, (first + step) * 2 * half)
+            q = nibbles(self.values[first:first + step], self.axis).view(torch.int8).unflatten(1, (-1, self.group))
+            scale, zero = (  # (G, some) -> (blocks, G, 1, block), to stand beside q (blocks, G, group, block)
+                t[:, rows].unflatten(1, (-1, 1, 2 * half)).transpose(0, 1) if isinstance(t, Tensor) else t
+                for t in (self.scale, 8 if self.zero is None else self.zero))
+            yield ((q - zero).to(scale.dtype) * scale).to(dtype).permute(0, 3, 1, 2).reshape(-1, I)
+
+
+def pack(integers: Integers) -> Packed | None:
+    """The form to compute with; None where a group is not whole."""
+    integers, order = integers.sorted_by_group()
+    values, scale, zero, group, group_of = integers
+    O, I = values.shape
+    if I % group or group_of is not None and not torch.equal(group_of, torch.arange(I) // group):
+        return None
+    bits, middle = (8, 0) if values.dtype == torch.int8 else (4, 8)
+    zero = None if bool((zero == middle).all()) else zero.view(torch.int8)
+    if bits == 8:
+        is_known = group == I and zero is None
+        kernel = (group, scale[:, 0].bfloat16()) if is_known else None
+        return Packed(values.contiguous(), scale.contiguous(), zero, O, group, 0, order, kernel)
+    (block, axis), kernel = layout() or (64, -2), None
+    values, scale, zero = (t if t is None else torch.cat((t, t.new_zeros(-O % block, t.shape[1])))
+                           for t in (values, scale, zero))
+    scale, zero = scale.T.contiguous(), None if zero is None else zero.T.contiguous()
+    size = next((size for size in GROUPS if group % size == 0), None)  # a larger group is several with one scale
+    if layout() and size:
+        offset = 0 * scale if zero is None else (8 - zero) * scale.float()
+        scales = torch.stack((scale.float(), offset.float()), -1).bfloat16()
+        kernel = size, scales.repeat_interleave(group // size, 0)
+        if group == size and scale.dtype == torch.bfloat16:
+            scale = scales[..., 0]  # the same numbers: not kept twice
+    return Packed(join_nibbles(values, block, axis), scale, zero, O, group, axis, order, kernel)
+
+
+class IntegerLinear(QuantizedLinear):
+    """y = x W^T with a W of small integers. A subclass knows how its format stores them."""
+
+    packed: Packed | bool | None = None  # made at first use, from the parameters; False: it cannot be
+
+    def __init__(self, shape: tuple[int, int], group: int, **tensors: Tensor):
+        super().__init__(**tensors)
+        self.shape, self.group = shape, group  # of W; columns that share a scale
+
+    def integers(self) -> Integers:
+        raise NotImplementedError
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        return self.integers().matrix(dtype)
+
+    def pack(self) -> Packed | bool:
+        if self.packed is None:
+            self.packed = pack(self.integers()) or False
+        return self.packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not self.pack():
+            return super().forward(x)
+        return self.packed.matmul(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+    def train(self, mode: bool = True) -> "IntegerLinear":
+        if mode:
+            raise ValueError("weights of 4 or 8 bits cannot be trained; start from the release in bfloat16")
+        return super().train(mode)
+
+    def _apply(self, *arguments, **more) -> "IntegerLinear":  # what .to() and its like come down to
+        self.packed = None
+        return super()._apply(*arguments, **more)
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"packed": None}

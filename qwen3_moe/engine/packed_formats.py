@@ -1,0 +1,188 @@
+"""Where the published formats of small integers keep their bits: AWQ, GPTQ, compressed-tensors' pack-quantized.
+
+All of them store words of 32 bits with p values each, 8 of four bits or 4 of eight, the first in the lowest bits; for a
+W of O rows (out) and I columns (in), and G groups of columns:
+
+                        values                  scale                  zero point
+    AWQ                 qweight (I, O/p)        scales (G, O)          qzeros (G, O/p); in AWQ's order, as the values
+    GPTQ                qweight (I/p, O)        scales (G, O)          qzeros (G, O/p); one less than meant
+    compressed-tensors  weight_packed (O, I/p)  weight_scale (O, G)    weight_zero_point (O/p, G); or none, which is
+                                                                       the middle of the range
+
+GPTQ may say of each column by g_idx (I,) which group it belongs to. With checkpoint_format gptq_v2 the zero points are
+those that are meant. compressed-tensors stores signed numbers, raised by 8 or 128 so that none is negative.
+
+AWQ: Lin et al. 2023 (arXiv:2306.00978). GPTQ: Frantar et al. 2022 (arXiv:2210.17323).
+"""
+
+import math
+import re
+
+import torch
+from torch import Tensor
+
+from ..config import Config
+from .int4 import IntegerLinear, Integers, nibbles
+from .quantized import FP8Linear
+from .safetensors_reader import CheckpointFiles, TensorInfo
+
+AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # the place of each value in its word
+WORDS, FLOATS = (torch.int32, torch.int64), (torch.bfloat16, torch.float16, torch.float32)
+LEAF = re.compile(r".+\.(qweight|qzeros|scales|g_idx|weight_(packed|scale|shape|zero_point|g_idx))")
+Shapes = dict[str, tuple[int, ...]]
+
+
+def unpack(words: Tensor, bits: int, count: int) -> Tensor:
+    """(…, n) int32 -> (…, count) uint8, the values of a word from the lowest bits on."""
+    data = words.contiguous().view(torch.uint8)
+    return (nibbles(data) if bits == 4 else data)[..., :count]
+
+
+def middle(values: Tensor, bits: int) -> Tensor:
+    """Of eight bits, 0…255 -> int8: values and zero points are lowered by 128 alike."""
+    return values if bits == 4 else (values ^ 128).view(torch.int8)
+
+
+def check_types(files: CheckpointFiles, name: str, shapes: Shapes) -> Shapes:
+    """ValueError for words that are not int32, and for scales that are no 16 or 32-bit floats."""
+    for leaf in shapes:
+        found = files.tensors.get(f"{name}.{leaf}")
+        known = FLOATS if "scale" in leaf else WORDS if leaf.endswith(("g_idx", "shape")) else WORDS[:1]
+        if found and found.dtype not in known:
+            raise ValueError(f"{found.path}: {name}.{leaf} is stored as {found.dtype}; known are "
+                             f"{', '.join(map(str, known))}")
+    return shapes
+
+
+def find(files: CheckpointFiles, name: str, leaf: str, config: Config, *formats: str) -> TensorInfo | None:
+    """The tensor that tells the format, if it is there; ValueError if config.json does not announce the format."""
+    found = files.tensors.get(f"{name}.{leaf}")
+    if found and config.quantization not in formats:
+        raise ValueError(f"{found.path}: {name}.{leaf} is packed, as config.json's quantization_config does not say")
+    return found
+
+
+def count_groups(files: CheckpointFiles, name: str, axis: int, columns: int, config: Config) -> int:
+    """By the scales that are stored. ValueError where these make no groups of the columns."""
+    found = files.tensors.get(name)
+    if found is None or len(found.shape) != 2:  # whatever is wrong is said when shapes are compared
+        return 1
+    if group_size(columns, found.shape[axis], config) is None:
+        raise ValueError(f"{found.path}: {name} has shape {found.shape}, which does not divide {columns} columns")
+    return found.shape[axis]
+
+
+def group_size(columns: int, groups: int, config: Config) -> int | None:
+    """Columns that share a scale: as config.json says, or all groups alike; None where neither makes so many groups."""
+    said = config.weight_block_size[1] if config.weight_block_size else None
+    if said is not None and -(-columns // said) == groups:
+        return min(said, columns)
+    return columns // groups if groups and columns % groups == 0 else None
+
+
+def groups_of(linear: IntegerLinear, name: str, groups: int) -> Tensor | None:
+    """Each column's group, where the checkpoint says it; ValueError for one that is not there."""
+    g_idx = getattr(linear, name, None)
+    if g_idx is not None and g_idx.device.type == "cpu" and not 0 <= g_idx.min() <= g_idx.max() < groups:
+        raise ValueError(f"a {name} of this checkpoint names a group that is not among the {groups} of its matrix; "
+                         "download it again")
+    return g_idx
+
+
+def count_weights(files: CheckpointFiles, name: str) -> int:
+    """How many weights a tensor of words holds, without reading these; 0 for what only says how to read them."""
+    linear, _, leaf = name.rpartition(".")
+    if leaf == "weight_packed" and f"{linear}.weight_shape" in files.tensors:
+        return math.prod(files.read(f"{linear}.weight_shape").tolist())
+    scales, zeros = (files.tensors.get(f"{linear}.{other}") for other in ("scales", "qzeros"))
+    if leaf != "qweight" or not scales or not zeros:
+        return 0
+    return math.prod(files.tensors[name].shape) * -(-math.prod(scales.shape) // max(math.prod(zeros.shape), 1))
+
+
+class AWQLinear(IntegerLinear):
+    """AWQ as its "gemm" version stores it."""
+
+    @staticmethod
+    def stored(files: CheckpointFiles, name: str, shape: tuple[int, int], config: Config) -> Shapes | None:
+        if config.quantization in ("gptq", "gptq_v2") or not find(files, name, "qweight", config, "awq"):
+            return None
+        (O, I), G = shape, count_groups(files, f"{name}.scales", 0, shape[1], config)
+        return check_types(files, name, {"qweight": (I, -(-O // 8)), "qzeros": (G, -(-O // 8)), "scales": (G, O)})
+
+    @classmethod
+    def make(cls, config: Config, shape: tuple[int, int], **tensors: Tensor) -> "AWQLinear":
+        return cls(shape, group_size(shape[1], len(tensors["scales"]), config), **tensors)
+
+    def integers(self) -> Integers:
+        values, zero = (unpack(words, 4, 8 * words.shape[1]).unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2)
+                        for words in (self.qweight, self.qzeros))
+        O = self.shape[0]
+        return Integers(values[:, :O].T, self.scales.T, zero[:, :O].T, self.group)
+
+
+class GPTQLinear(IntegerLinear):
+    """GPTQ in four or eight bits."""
+
+    zeros_are_less = 1  # than what they mean
+
+    @staticmethod
+    def stored(files: CheckpointFiles, name: str, shape: tuple[int, int], config: Config) -> Shapes | None:
+        if config.quantization == "awq":
+            return None
+        found = find(files, name, "qweight", config, "gptq", "gptq_v2")
+        if found is None:
+            return None
+        (O, I), G = shape, count_groups(files, f"{name}.scales", 0, shape[1], config)
+        p = 4 if found.shape[:1] == (-(-I // 4),) else 8
+        order = {"g_idx": (I,)} if f"{name}.g_idx" in files.tensors else {}
+        shapes = {"qweight": (-(-I // p), O), "qzeros": (G, -(-O // p)), "scales": (G, O)}
+        return check_types(files, name, shapes | order)
+
+    @classmethod
+    def make(cls, config: Config, shape: tuple[int, int], **tensors: Tensor) -> "GPTQLinear":
+        linear = cls(shape, group_size(shape[1], len(tensors["scales"]), config), **tensors)
+        linear.zeros_are_less = int(config.quantization == "gptq")
+        return linear
+
+    def integers(self) -> Integers:
+        O, I = self.shape
+        bits = 8 if self.qweight.shape[0] == -(-I // 4) else 4
+        words = unpack(self.qweight[..., None], bits, 32 // bits)  # (I/p, O, p)
+        zero = unpack(self.qzeros, bits, O) + self.zeros_are_less & 2**bits - 1  # as AutoGPTQ: 15 + 1 is 0
+        values, g_idx = words.transpose(0, 1).flatten(1)[:, :I], groups_of(self, "g_idx", len(zero))
+        return Integers(middle(values, bits), self.scales.T, middle(zero, bits).T, self.group, g_idx)
+
+
+class CompressedLinear(IntegerLinear):
+    """compressed-tensors' pack-quantized in four or eight bits."""
+
+    @staticmethod
+    def stored(files: CheckpointFiles, name: str, shape: tuple[int, int], config: Config) -> Shapes | None:
+        found = find(files, name, "weight_packed", config, "compressed-tensors")
+        if found is None:
+            return None
+        (O, I), G = shape, count_groups(files, f"{name}.weight_scale", 1, shape[1], config)
+        p = 4 if found.shape[1:] == (-(-I // 4),) else 8
+        shapes = {"weight_packed": (O, -(-I // p)), "weight_scale": (O, G), "weight_shape": (2,)}
+        more = {"weight_zero_point": (-(-O // p), G), "weight_g_idx": (I,)}
+        shapes |= {leaf: size for leaf, size in more.items() if f"{name}.{leaf}" in files.tensors}
+        return check_types(files, name, shapes)
+
+    @classmethod
+    def make(cls, config: Config, shape: tuple[int, int], **tensors: Tensor) -> "CompressedLinear":
+        return cls(shape, group_size(shape[1], tensors["weight_scale"].shape[1], config), **tensors)
+
+    def integers(self) -> Integers:
+        O, I = self.shape
+        bits = 8 if self.weight_packed.shape[1] == -(-I // 4) else 4
+        values, scale = unpack(self.weight_packed, bits, I), self.weight_scale
+        zero = values.new_full(scale.shape, 2 ** (bits - 1))
+        if hasattr(self, "weight_zero_point"):
+            zero = unpack(self.weight_zero_point.T, bits, O).T
+        g_idx = groups_of(self, "weight_g_idx", scale.shape[1])
+        return Integers(middle(values, bits), scale, middle(zero, bits), self.group, g_idx)
+
+
+INTEGERS = AWQLinear, GPTQLinear, CompressedLinear
+FORMATS = FP8Linear, *INTEGERS
