@@ -172,3 +172,54 @@ def test_a_release_is_what_its_bits_mean(tmp_path, package, release):
 
 def linear_of(package: str) -> type:
     return module(package, "engine.int4").IntegerLinear
+
+
+# Rounded in memory
+
+@pytest.mark.parametrize("dtype, bits", [("int4", 4), ("int8", 8)])
+def test_a_small_model_is_rounded_in_memory(tmp_path, package, dtype, bits):
+    config = CONFIGS[package](**WIDTHS[package] | {"tie_word_embeddings": False, "torch_dtype": "float32"})
+    folder = write_checkpoint(tmp_path, config)
+    load_model, rounding = module(package, "weights").load_model, module(package, "engine.rounding")
+    model, plain = load_model(folder, dtype=dtype), load_model(folder)
+    rounded = {name: part for name, part in model.named_modules() if isinstance(part, linear_of(package))}
+    assert len(rounded) == sum("_proj" in name for name, _ in plain.named_parameters())
+    for name, part in rounded.items():
+        W, group = plain.get_submodule(name).weight, 32 if bits == 4 else part.shape[1]
+        q, scale = rounding.round_matrix(W, bits, group)
+        W_ = part.matrix(torch.float32)
+        assert torch.equal(W_, (q.bfloat16() * scale.repeat_interleave(group, 1)).float())
+        plain.get_submodule(name).weight.data = W_
+        assert (W - W_).square().mean().sqrt() < (0.1 if bits == 4 else 0.01) * W.std()
+    with torch.inference_mode():
+        wanted = plain(IDS)
+        assert (model(IDS) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    assert module(package, "weights").bytes_in_memory(folder, dtype) == total
+    with pytest.raises(ValueError, match="only the engine computes in int"):
+        load_model(folder, dtype=dtype, engine=False)
+
+
+def test_integers_are_not_rounded_again(tmp_path, package):
+    folder = write(tmp_path, package, "compressed", only="q_")
+    with pytest.raises(ValueError, match="integers already; leave out --dtype int4") as error:
+        module(package, "weights").load_model(folder, dtype="int4")
+    assert is_one_sentence(error, folder)
+    with pytest.raises(ValueError, match="only the engine reads") as error:
+        module(package, "weights").load_model(folder, engine=False)
+    assert is_one_sentence(error, folder)
+
+
+@pytest.mark.parametrize("bits, group", [(4, 32), (4, 128), (8, 256)])
+def test_the_scale_that_is_searched_is_no_worse_than_the_largest_value_s(bits, group):
+    rounding, W = module("qwen3", "engine.rounding"), seeded_tensor("W", (40, 256), 1.0) ** 3
+    W[3] = 0
+    q, scale = rounding.round_matrix(W, bits, group)
+    most = 2 ** (bits - 1) - 1
+    groups = W.unflatten(1, (-1, group))
+    plain = (groups.abs().amax(-1, keepdim=True) / most).bfloat16().float().clamp(min=1e-9)
+    nearest = (groups / plain).round().clamp(-most - 1, most) * plain
+    ours = q.unflatten(1, (-1, group)).float() * scale.float()[..., None]
+    errors = [(one - groups).square().sum(-1) for one in (ours, nearest)]
+    assert (errors[0] <= errors[1] * 1.0001).all() and errors[0].sum() < errors[1].sum() * (0.9 if bits == 4 else 1)
+    assert q.min() >= -most - 1 and q.max() <= most and (ours[3] == 0).all()

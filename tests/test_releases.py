@@ -261,15 +261,31 @@ def test_fp8_is_what_its_scales_mean(tmp_path, package, spelling):
 
 
 MLX = {"group_size": 64, "bits": 4}
+W4, PACKED = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}, {"format": "pack-quantized"}
 UNREADABLE = {
-    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "modules_to_not_convert": ["x" * 50] * 99},
-    "gptq": {"quant_method": "gptq", "bits": 8, "desc_act": False},
+    "awq": {"quant_method": "awq", "bits": 4, "version": "gemv", "modules_to_not_convert": ["x" * 50] * 99},
+    "awq, 3 bits": {"quant_method": "awq", "w_bit": 3, "q_group_size": 128, "version": "gemm"},
+    "awq, symmetric": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": False},
+    "gptq": {"quant_method": "gptq", "bits": 3, "desc_act": False},
+    "gptq, 2 bits": {"quant_method": "gptq", "bits": 2, "group_size": 64, "checkpoint_format": "gptq_v2"},
+    "gptq, no bits": {"quant_method": "gptq", "group_size": 128},
+    "gptq, marlin": {"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "marlin"},
+    "gptq, rotated": {"quant_method": "gptq", "bits": 4, "group_size": 128, "rotation": "hadamard"},
+    "gptq, groups of 0": {"quant_method": "gptq", "bits": 4, "group_size": 0},
+    "auto-round": {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"},
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "bitsandbytes, no method": {"load_in_4bit": True},
     "mlx": MLX,
     "nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
-    "int4": compressed({"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}, format="pack-quantized",
-                       ignore=["x" * 60] * 99),
+    "int4": compressed(W4 | {"strategy": "tensor"}, **PACKED, ignore=["x" * 60] * 99),
+    "int4 and integer activations": {"quant_method": "compressed-tensors", **PACKED, "config_groups": {"group_0": {
+        "weights": W4, "input_activations": {"num_bits": 8, "type": "int", "dynamic": True}}}},
+    "int4 and fp8": {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": {
+        "group_0": {"weights": W4, "format": "pack-quantized"},
+        "group_1": {"weights": W8, "format": "float-quantized"}}},
+    "int3": compressed(W4 | {"num_bits": 3}, **PACKED),
+    "float4": compressed(W4 | {"type": "float"}, format="nvfp4-pack-quantized"),
+    "int4, hadamard": compressed(W4, **PACKED, transform_config={"R1": {}}),
     "int8": compressed({"num_bits": 8, "type": "int"}, format="int-quantized"),
     "hadamard": compressed(W8, **FLOAT, transform_config={"R1": {}}),
     "sparse": compressed(W8, sparsity_config={"format": "sparse-24-bitmask"}),

@@ -13,6 +13,7 @@ from .packed_formats import LEAF, count_weights
 from .parts import KEPT_IN_FLOAT32, count_experts
 from .prepare import compute_dtype, read_checkpoint
 from .quantized import FP8
+from .rounding import BITS, GROUP, is_rounded
 from .safetensors_reader import CheckpointFiles
 
 
@@ -31,6 +32,8 @@ def count_bytes(config: Config, files: CheckpointFiles, dtype: torch.dtype | str
         as_stored = name.endswith(KEPT_IN_FLOAT32) or dtype is None and (stored == FP8 or is_scale or is_packed)
         count = count_weights(files, name) if is_packed and dtype is not None else math.prod(shape)
         size = count * (stored if as_stored else compute).itemsize
+        if dtype in BITS and is_rounded(name, shape):
+            size = count * BITS[dtype] // 8 + shape[0] * (shape[1] // GROUP if dtype == "int4" else 1) * 2 + 16
         dense, experts = (dense, experts + size) if ".experts." in name else (dense + size, experts)
     used, every = count_experts(config)
     return dense + (experts * used // every if active else experts)

@@ -59,7 +59,8 @@ class Parser(argparse.ArgumentParser):
              help="run the code of the lesson alone, without the faster parts of engine/")
         step("--compile", action="store_true",
              help="compile the decode step: half a minute of waiting once, then faster on a GPU")
-        add("--dtype", choices=DTYPES, help="default: the checkpoint's own (FP8 weights stay FP8)")
+        add("--dtype", choices=(*DTYPES, "int4", "int8"),
+            help="default: the checkpoint's own (quantised weights stay as they are); int4 and int8 round them here")
 
     def error(self, message: str) -> NoReturn:
         message = message if len(message) < 240 else f"{message[:240]}…"

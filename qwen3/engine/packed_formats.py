@@ -17,12 +17,13 @@ AWQ: Lin et al. 2023 (arXiv:2306.00978). GPTQ: Frantar et al. 2022 (arXiv:2210.1
 
 import math
 import re
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..config import Config
-from .int4 import IntegerLinear, Integers, nibbles
+from .int4 import GROUPS, IntegerLinear, Integers, nibbles
 from .quantized import FP8Linear
 from .safetensors_reader import CheckpointFiles, TensorInfo
 
@@ -98,6 +99,24 @@ def count_weights(files: CheckpointFiles, name: str) -> int:
     if leaf != "qweight" or not scales or not zeros:
         return 0
     return math.prod(files.tensors[name].shape) * -(-math.prod(scales.shape) // max(math.prod(zeros.shape), 1))
+
+
+def suit_kernel(config: Config, files: CheckpointFiles) -> tuple[Config, list[str]]:
+    """(The config with the type of activations in which PyTorch's kernels compute; notes)."""
+    if config.quantization in (None, "fp8"):
+        return config, []
+    notes, size = [], config.weight_block_size[1] if config.weight_block_size else None
+    embedding = files.tensors.get("model.embed_tokens.weight")
+    if torch.float16 in (config.dtype, embedding.dtype if embedding and config.dtype is None else None):
+        config = replace(config, dtype=torch.bfloat16)
+        notes.append("activations and cache are bfloat16 here and not the checkpoint's float16: PyTorch multiplies "
+                     "packed weights fast in that type only")
+    first = next((name for name in files.tensors if name.endswith(("qweight", "weight_packed"))), None)
+    eight_bits = first and count_weights(files, first) == 4 * math.prod(files.tensors[first].shape)
+    if size and first and (size % min(GROUPS) or eight_bits):
+        notes.append(f"PyTorch has no fast matmul for this checkpoint's packed weights (groups of {size} columns): they "
+                     "are dequantised for every token, which is slow")
+    return config, notes
 
 
 class AWQLinear(IntegerLinear):

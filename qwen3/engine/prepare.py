@@ -18,8 +18,9 @@ from ..model import Model
 from .fields import DTYPES, plain
 from .parts import FASTER, KEPT_IN_FLOAT32, correct, count_parts, stack_experts
 from .int4 import IntegerLinear
-from .packed_formats import FORMATS
+from .packed_formats import FORMATS, CompressedLinear, suit_kernel
 from .quantized import FP8, QuantizedLinear
+from .rounding import BITS, GROUP, is_rounded, packed_tensors
 from .safetensors_reader import CheckpointFiles, is_copy, read_header
 from .supported import check_tensor_names
 
@@ -53,17 +54,22 @@ def read_checkpoint(directory: str | Path, every: int = 997) -> tuple[Config, Ch
         unused = f" ({', '.join(scales)} not used)" if scales else ""
         notes.append("FP8 weights: activations and cache stay in a wider type here than the checkpoint's scheme asks "
                      f"for{unused}")
-    return replace(config, notes=(*config.notes, *notes)), files
+    config, more = suit_kernel(config, files)
+    return replace(config, notes=(*config.notes, *notes, *more)), files
 
 
 def compute_dtype(config: Config, files: CheckpointFiles, dtype: torch.dtype | str | None) -> torch.dtype:
     """One type for activations, norms and cache, decided once: asked for, or the config's, or the embedding's."""
+    if dtype in BITS:
+        if config.quantization not in (None, "fp8"):
+            raise ValueError(f"{files.directory}: its weights are integers already; leave out --dtype {dtype}")
+        dtype = None
     dtype = DTYPES.get(dtype, dtype) or config.dtype
     if dtype is None:
         stored = files.tensors.get("model.embed_tokens.weight") or files.tensors.get("lm_head.weight")
         dtype = stored.dtype if stored else None
     if dtype not in DTYPES.values():
-        raise ValueError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype {dtype!r} is not known; choose one of {', '.join((*DTYPES, *BITS))}")
     return dtype
 
 
@@ -72,9 +78,9 @@ def prepare(model: Model, files: CheckpointFiles, device: str | torch.device, dt
     """The model of the lesson, built on the meta device, with the engine's parts in it and the files' tensors in those.
 
     dtype None keeps the checkpoint's own; quantised weights then stay as they are and are dequantised as they are
-    used, while a dtype expands them once.
+    used, while a dtype expands them once. "int4" and "int8" round the matrices of the layers, in memory.
     """
-    device, compute = torch.device(device), compute_dtype(model.config, files, dtype)
+    device, compute, bits = torch.device(device), compute_dtype(model.config, files, dtype), BITS.get(dtype)
     for module in model.modules():
         module.__class__ = FASTER.get(type(module), type(module))
     formats = find_formats(model, files)
@@ -89,17 +95,28 @@ def prepare(model: Model, files: CheckpointFiles, device: str | torch.device, dt
             progress(done, len(shapes))
         return files.read(name).view(shapes[name]).to(device)
 
+    def swap(name: str, linear: QuantizedLinear) -> None:
+        model.set_submodule(name, linear)
+        if isinstance(linear, IntegerLinear) and device.type == "cpu" and ".experts." not in name:
+            linear.pack()  # experts are packed when a token is first routed to them: many never are
+
     for name, module in list(model.named_modules()):
+        shape = tuple(module.weight.shape) if isinstance(module, Linear) else ()
+        rounds = bool(bits) and is_rounded(f"{name}.weight", shape)
         if name in formats:
             format, leaves = formats[name]
-            tensors, shape = {leaf: read(f"{name}.{leaf}") for leaf in leaves}, tuple(module.weight.shape)
+            tensors = {leaf: read(f"{name}.{leaf}") for leaf in leaves}
             if dtype is None:
                 tensors = {leaf: place(module, leaf, tensor) for leaf, tensor in tensors.items()}
-                model.set_submodule(name, linear := format.make(model.config, shape, **tensors))
-                if isinstance(linear, IntegerLinear) and device.type == "cpu" and ".experts." not in name:
-                    linear.pack()  # of the experts only those that a token is routed to, and then
+            linear = format.make(model.config, shape, **tensors)
+            if rounds:
+                linear = rounded(model.config, linear.matrix(torch.float32), bits)
+            if dtype is None or rounds:
+                swap(name, linear)
             else:
-                place(module, "weight", format.make(model.config, shape, **tensors).matrix(compute))
+                place(module, "weight", linear.matrix(compute))
+        elif rounds:
+            swap(name, rounded(model.config, read(f"{name}.weight"), bits))
         else:
             for leaf in list(module._parameters):
                 if (whole := f"{name}.{leaf}") in shapes:
@@ -108,6 +125,10 @@ def prepare(model: Model, files: CheckpointFiles, device: str | torch.device, dt
     rope = model.model.rotary_emb
     rope.inv_freq = rope.inv_freq.to(device)  # once, and not at each forward
     return model.eval()
+
+
+def rounded(config: Config, W: Tensor, bits: int) -> CompressedLinear:
+    return CompressedLinear.make(config, tuple(W.shape), **packed_tensors(W, bits, GROUP))
 
 
 def place(module: nn.Module, leaf: str, tensor: Tensor) -> Tensor:
@@ -155,6 +176,8 @@ def check_names_and_shapes(model: Model, files: CheckpointFiles, formats: dict[s
 
 def check_plain(model: Model, files: CheckpointFiles, dtype: torch.dtype | str | None) -> torch.dtype:
     """The type in which the lesson's own loading makes all weights; ValueError for what only the engine can load."""
+    if dtype in BITS:
+        raise ValueError(f"only the engine computes in {dtype}; leave out --plain (or engine=False)")
     if find_formats(model, files):
         raise ValueError(f"{files.directory}: its weights are quantised, which only the engine reads; leave out "
                          "--plain (or engine=False)")

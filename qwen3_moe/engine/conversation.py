@@ -20,6 +20,7 @@ from ..tokenizer import Tokenizer
 from .arguments import MAX_NEW_TOKENS, SAMPLING, name_of
 from .memory import find_device, gigabytes
 from .prepare import compute_dtype
+from .rounding import BITS
 from .requests import check_request
 from .safetensors_reader import CheckpointFiles
 from .sizes import bytes_per_token, cache_bytes_per_token, check_memory
@@ -115,7 +116,8 @@ class Conversation:
         compute = compute_dtype(self.config, CheckpointFiles(self.folder), dtype)
         per_token, tokens = cache_bytes_per_token(self.config, compute), len(prompt_ids) + self.new_tokens(prompt_ids)
         size = check_memory(self.folder, device, dtype, tokens, tokens * per_token)
-        kept = "FP8" if self.config.quantization and dtype is None else str(compute).removeprefix("torch.")
+        kept = self.config.quantization.upper() if self.config.quantization and dtype is None else (
+            dtype if dtype in BITS else str(compute).removeprefix("torch."))
         why = "" if self.arguments.device or device.type != "cpu" else " (no GPU found)"
         if (kept, device.type) == ("FP8", "cpu"):
             why += " (slow there; --dtype bfloat16, if it fits, expands them once)"

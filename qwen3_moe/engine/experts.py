@@ -15,6 +15,7 @@ from ..model import Model
 from ..moe import Experts, combine
 from .fast import matmul_one_row
 from .quantized import FP8, block_of, dequantize
+from .rounding import BITS
 from .safetensors_reader import CheckpointFiles
 
 # grouped_mm(rows, matrices, offs): the first offs[0] rows times matrix 0, those up to offs[1] times matrix 1, …
@@ -138,9 +139,10 @@ def type_of_stacks(config: Config, files: CheckpointFiles, device: torch.device,
                    compute: torch.dtype) -> torch.dtype | None:
     """The type of the tensors that hold all experts of a layer; None where these stay by themselves.
 
-    On the CPU they stay in the file. On a GPU, FP8 experts that remain FP8 do where their widths are not whole blocks.
+    On the CPU they stay in the file, and integers stay as they are wherever that is. On a GPU, FP8 experts that remain
+    FP8 do where their widths are not whole blocks.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or dtype in BITS or dtype is None and config.quantization not in (None, "fp8"):
         return None
     experts = {name: tensor for name, tensor in files.tensors.items()
                if ".experts." in name and name.endswith(".weight")}

@@ -32,9 +32,12 @@ class Work:
         with torch.device("meta"):
             model = import_module(f"{package}.model").Model(config).to(sizes.compute_dtype(config, files, None))
         stored, expanded = sizes.bytes_per_token(model), model.model.norm.weight.dtype.itemsize
-        if config.quantization:  # a byte for a weight in the matrices of the layers, which are nearly all
+        if config.quantization:  # fewer bytes for a weight in the matrices of the layers, which are nearly all
             head = model.lm_head.weight.nbytes
-            values, stored = (stored - head) // expanded, head + (stored - head) // expanded
+            outside = head + (0 if config.tie_word_embeddings else model.model.embed_tokens.weight.nbytes)
+            kept, whole = (sizes.bytes_in_memory(folder, dtype) - outside for dtype in (None, "bfloat16"))
+            share = 1 / expanded if config.quantization == "fp8" else kept / whole
+            values, stored = (stored - head) // expanded, head + int((stored - head) * share)
         else:
             values = stored // expanded - config.vocab_size * config.hidden_size
         key, value = ((config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim) if package == "deepseek_v3"

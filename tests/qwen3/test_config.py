@@ -84,7 +84,7 @@ REFUSED = {
     "moe": ({"model_type": "qwen3_moe"}, "model_type.*mixture of experts.*qwen3_moe.main"),
     "qwen2": ({"model_type": "qwen2"}, "model_type.*Qwen2"),
     "llama": ({"model_type": "llama"}, "model_type.*llama"),
-    "quantisation": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config.*gptq"),
+    "quantisation": ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "quantization_config: bits 3"),
     "other blocks": ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64]}}, "weight_block_size"),
     "dtype": ({"torch_dtype": "int8"}, "torch_dtype.*int8"),
     "missing": ({"head_dim": None}, "head_dim is missing"),

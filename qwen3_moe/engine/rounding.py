@@ -1,0 +1,63 @@
+"""A matrix becomes small integers: each to its nearest, with the scale of a group searched for the least error.
+
+    W (O, I)  ->  q = round(W / scale), from -8 to 7 in four bits,  W' = scale q
+
+The largest value over 7 would be the scale that cuts nothing off. A smaller one cuts the largest values, of which there
+are few, and is finer for all the others: what is smallest is the sum of (W - W')² over the group, for some scales that
+are tried. The result is stored as compressed-tensors' pack-quantized (packed_formats.py).
+"""
+
+import torch
+from torch import Tensor
+
+
+BITS = {"int4": 4, "int8": 8}  # the types that are asked for by name
+GROUP = 32  # columns that share a scale in four bits; in eight bits a whole row does
+SHRINK = {4: 0.025, 8: 0.01}  # the step from one scale that is tried to the next
+TRIES = 16
+PIECE = 2**21  # weights at a time: in float32, with what is computed of them, some 50 MB
+
+
+def is_rounded(name: str, shape: tuple[int, ...], group: int = GROUP) -> bool:
+    """Whether a weight of this name becomes integers: the matrices of attention, MLPs and experts.
+
+    Norms, routers and the embedding stay as they are; and a head, which is large, but matters most.
+    """
+    return "_proj" in name and name.endswith(".weight") and len(shape) == 2 and shape[1] % group == 0
+
+
+@torch.no_grad()
+def round_matrix(W: Tensor, bits: int, group: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    """W (O, I) -> q (O, I) int8, scale (O, I / group) in `dtype`."""
+    step = max(PIECE // W.shape[1], 1)
+    q, scales = zip(*(round_rows(rows, bits, group, dtype) for rows in W.split(step)))
+    return torch.cat(q), torch.cat(scales)
+
+
+def round_rows(W: Tensor, bits: int, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    most = 2 ** (bits - 1) - 1
+    W = W.float().unflatten(1, (-1, group))  # (O, G, group)
+    largest = W.abs().amax(-1, keepdim=True) / most
+    best, least = torch.ones_like(largest), torch.full_like(largest, torch.inf)
+    for number in range(TRIES):
+        scale = (largest * (1 - number * SHRINK[bits])).to(dtype).float()
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a group of zeros, or too small for the type
+        error = (nearest(W, scale, most) * scale - W).square_().sum(-1, keepdim=True)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return nearest(W, best, most).to(torch.int8).flatten(1), best[..., 0].to(dtype)
+
+
+def nearest(W: Tensor, scale: Tensor, most: int) -> Tensor:
+    return (W / scale).round_().clamp_(-most - 1, most)
+
+
+def packed_tensors(W: Tensor, bits: int, group: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """W (O, I) rounded, as compressed-tensors stores it; in eight bits a row shares a scale, whatever the group is."""
+    q, scale = round_matrix(W, bits, group if bits == 4 else W.shape[1], dtype)
+    data = (q + 8).view(torch.uint8) if bits == 4 else q.view(torch.uint8) ^ 128
+    data = torch.nn.functional.pad(data, (0, -data.shape[1] % (32 // bits)))
+    if bits == 4:
+        low, high = data.unflatten(1, (-1, 2)).unbind(-1)
+        data = low | high << 4
+    return {"weight_packed": data.contiguous().view(torch.int32), "weight_scale": scale.contiguous(),
+            "weight_shape": torch.tensor(W.shape)}
