@@ -68,6 +68,8 @@ class Quantizer:
 
     def is_rounded(self, name: str) -> bool:
         shape, unit = self.files.tensors[name].shape, self.group if self.bits == 4 else 1
+        if ".experts." in name and self.config.moe_intermediate_size % unit:
+            return False  # transformers reads all experts of a layer in one format
         is_head = self.head and name == "lm_head.weight" and shape[1] % unit == 0
         return is_head or self.rounding.is_rounded(name, shape, unit)
 
@@ -186,7 +188,7 @@ def begin(output: Path, asked: dict) -> bool:
         try:
             found = json.loads(mark.read_text("utf-8"))
         except (OSError, ValueError):
-            raise ValueError(f"{output}: is there and was not written by this program; choose another with -o") from None
+            raise ValueError(f"{output}: is there, and not from this program; choose another with -o") from None
         if found != asked:
             raise ValueError(f"{output}: was begun from another checkpoint or with other flags; choose another with -o "
                              "or delete it")
@@ -209,8 +211,9 @@ def run(arguments: argparse.Namespace) -> None:
              "group": arguments.group if arguments.bits == 4 else None}
     if begin(output, asked):
         quantizer.run()
+    gigabytes = import_module(f"{package}.engine.memory").gigabytes
     after = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-    print(f"{output}: {after / 1e9:.2f} GB, of {sum(before.values()) / 1e9:.2f} GB; "
+    print(f"{output}: {gigabytes(after)}, made from {gigabytes(sum(before.values()))}; "
           f"run it with: uv run python -m {package}.main -m {output}")
 
 
@@ -222,7 +225,7 @@ def main(words: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or arguments.output or 'the output'}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {error.filename or arguments.output or 'output'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; run it again and it goes on", file=sys.stderr)

@@ -40,10 +40,10 @@ def quantised(name: str, shape: tuple[int, int], bits: int, group: int, dtype: t
     if not symmetric:
         zero = zero + torch.arange(O * G).view(O, G) % 7 - 3
     q = (W / scale.float()[:, groups]).round().add(zero[:, groups]).clamp(0, 2 * middle - 1).long()
-    meant = torch.empty(shape, dtype=dtype)
-    for i in range(I):  # in the type of the scale, as AutoAWQ, GPTQModel and compressed-tensors compute it
-        meant[:, i] = (q[:, i] - zero[:, groups[i]]).to(dtype) * scale[:, groups[i]]
-    return q, scale, zero, groups, meant.float()
+    meant = torch.empty(shape)
+    for i in range(I):
+        meant[:, i] = (q[:, i] - zero[:, groups[i]]) * scale[:, groups[i]].float()
+    return q, scale, zero, groups, meant
 
 
 def awq(name, shape, bits=4, group=32, dtype=torch.float16, symmetric=False):
@@ -188,7 +188,7 @@ def test_a_small_model_is_rounded_in_memory(tmp_path, package, dtype, bits):
         W, group = plain.get_submodule(name).weight, 32 if bits == 4 else part.shape[1]
         q, scale = rounding.round_matrix(W, bits, group)
         W_ = part.matrix(torch.float32)
-        assert torch.equal(W_, (q.bfloat16() * scale.repeat_interleave(group, 1)).float())
+        assert torch.equal(W_, q * scale.float().repeat_interleave(group, 1))
         plain.get_submodule(name).weight.data = W_
         assert (W - W_).square().mean().sqrt() < (0.1 if bits == 4 else 0.01) * W.std()
     with torch.inference_mode():

@@ -42,11 +42,11 @@ class Integers(NamedTuple):
     group_of: Tensor | None = None  # (I,), where the columns of a group are not neighbours (GPTQ's desc_act)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """W (O, I), rounded to the scale's type as the libraries do that wrote it, then to `dtype`."""
+        """W (O, I), computed exactly, then rounded once to `dtype`."""
         columns = torch.arange(self.values.shape[1], device=self.values.device)
         group_of = columns // self.group if self.group_of is None else self.group_of
         q, zero = self.values.short(), self.zero.short()  # differences of int8 reach 255
-        return ((q - zero[:, group_of]).to(self.scale.dtype) * self.scale[:, group_of]).to(dtype).contiguous()
+        return ((q - zero[:, group_of]) * self.scale.float()[:, group_of]).to(dtype).contiguous()
 
     def sorted_by_group(self) -> tuple["Integers", Tensor | None]:
         """Groups of neighbours, and the order of the columns that makes them so; None: as they were."""
@@ -84,6 +84,11 @@ def join_nibbles(values: Tensor, block: int, axis: int) -> Tensor:
     return (low | high << 4).mT.contiguous()
 
 
+def times(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """q * scale in `dtype`, rounded once: integers of eight bits are exact in every type."""
+    return q.to(dtype) * scale if scale.dtype == dtype else (q * scale.float()).to(dtype)
+
+
 class Packed(NamedTuple):
     """Integers as they are computed with: groups of neighbours; of four bits, whole blocks of rows."""
 
@@ -115,7 +120,7 @@ class Packed(NamedTuple):
                 rows = slice(first, first + step)
                 q = self.values[rows].unflatten(1, (-1, self.group))
                 q = q if self.zero is None else q.short() - self.zero[rows, :, None]
-                yield (q.to(self.scale.dtype) * self.scale[rows, :, None]).to(dtype).flatten(1)
+                yield times(q, self.scale[rows, :, None], dtype).flatten(1)
             return
         blocks, I, half = self.values.shape
         for first in range(0, blocks, step := max(PIECE // (I * 2 * half), 1)):
@@ -124,7 +129,7 @@ class Packed(NamedTuple):
             scale, zero = (  # (G, some) -> (blocks, G, 1, block), to stand beside q (blocks, G, group, block)
                 t[:, rows].unflatten(1, (-1, 1, 2 * half)).transpose(0, 1) if isinstance(t, Tensor) else t
                 for t in (self.scale, 8 if self.zero is None else self.zero))
-            yield ((q - zero).to(scale.dtype) * scale).to(dtype).permute(0, 3, 1, 2).reshape(-1, I)
+            yield times(q - zero, scale, dtype).permute(0, 3, 1, 2).reshape(-1, I)
 
 
 def pack(integers: Integers) -> Packed | None:
