@@ -7,6 +7,7 @@ The weights come from tests/seeded.py; only results are committed, under tests/<
 
 import argparse
 import base64
+import itertools
 import json
 import sys
 import tempfile
@@ -20,7 +21,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m scripts.make_reference",
                                      description="Write reference values with transformers.")
     parser.add_argument("package", choices=TINY)
-    parser.add_argument("--only", choices=["small", "tiny", "full", "tiktoken"], help="leave the others as they are")
+    parser.add_argument("--only", choices=["small", "tiny", "full", "tiktoken", "packed"],
+                        help="leave the others as they are")
     return parser.parse_args(words)
 
 
@@ -43,6 +45,7 @@ except ModuleNotFoundError as error:
           "scripts.make_reference", file=sys.stderr)
     sys.exit(2)
 
+from tests.packed import RELEASES, quantised, write
 from tests.seeded import CASES, FAR, FULL, LONG_PROMPT, PROMPT, write_case, write_checkpoint
 
 NEW_TOKENS = 16
@@ -217,11 +220,51 @@ def full_shape(folder: Path, package: str) -> dict:
     return answers
 
 
+def packed_logits(folder: Path, package: str) -> dict[str, torch.Tensor]:
+    """Of checkpoints in compressed-tensors' format: release -> logits in float32, by transformers with that library.
+
+    It unpacks experts into the type of their scales, whatever is asked for; everything else is computed in float32.
+    """
+    logits = {}
+    for release in (release for release in RELEASES if release.startswith("compressed")):
+        if "act order" in release or "zero points" in release:  # given up by the library; not loaded by transformers
+            continue
+        model = load(write(folder / release, package, release), torch.float32)
+        for parameter in model.parameters():
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+        with torch.inference_mode():
+            logits[release] = model(torch.tensor([PROMPT]), use_cache=False).logits[0]
+    return logits
+
+
+def packed_matrices() -> dict[str, torch.Tensor]:
+    """What compressed-tensors stores for a matrix, and what it makes of that again: "bits group type symmetric …"."""
+    from compressed_tensors.compressors import PackedQuantizationCompressor as Compressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    tensors = {}
+    for bits, group, dtype, symmetric in itertools.product((4, 8), (32, 96), (torch.bfloat16, torch.float16),
+                                                           (True, False)):
+        q, scale, zero, _, meant = quantised("matrix", (20, 96), bits, group, dtype, symmetric)
+        size, strategy = (group, "group") if group < 96 else (None, "channel")
+        args = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, group_size=size, strategy=strategy)
+        scheme = QuantizationScheme(targets=["Linear"], weights=args)
+        state = {"weight": meant.to(dtype), "weight_scale": scale,
+                 "weight_zero_point": (zero - 2 ** (bits - 1)).to(torch.int8)}
+        stored = Compressor.compress(state, scheme)
+        stored = {leaf: tensor for leaf, tensor in stored.items() if leaf != "weight_zero_point" or not symmetric}
+        found = Compressor.decompress(stored, scheme)["weight"]
+        name = f"{bits} {group} {str(dtype).removeprefix('torch.')} {'symmetric' if symmetric else 'zero_points'}"
+        tensors |= {f"{name} {leaf}": tensor.contiguous() for leaf, tensor in (stored | {"weight": found}).items()}
+    return tensors
+
+
 def main(arguments: argparse.Namespace) -> None:
     out = ROOT / "tests" / arguments.package / "reference"
     out.mkdir(parents=True, exist_ok=True)
     versions = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
-    wanted = [arguments.only] if arguments.only else ["small", "tiny", "full"]
+    wanted = [arguments.only] if arguments.only else ["small", "tiny", "full", "packed"]
     if arguments.package == "deepseek_v3" and not arguments.only:
         wanted.append("tiktoken")
     with tempfile.TemporaryDirectory() as name:
@@ -236,6 +279,13 @@ def main(arguments: argparse.Namespace) -> None:
             results["tiktoken"] = tiktoken_ids()
         if "tiny" in wanted:
             results["tiny"] = {"answers": tiny(ROOT / "checkpoints" / TINY[arguments.package])}
+        if "packed" in wanted:
+            import compressed_tensors
+
+            tensors = packed_logits(folder, arguments.package) | (
+                packed_matrices() if arguments.package == "qwen3" else {})
+            save_file(tensors, out / "packed.safetensors",
+                      metadata=versions | {"compressed-tensors": compressed_tensors.__version__})
         if "full" in wanted:
             results["full"] = full_shape(folder, arguments.package)
     for what, values in results.items():

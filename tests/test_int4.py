@@ -1,125 +1,26 @@
 """Weights of four and eight bits: what published formats mean, bit by bit, and that it is computed.
 
-Words are packed here by loops, from what each format's definition says, and not by the code that unpacks them.
+The checkpoints are written by tests/packed.py, from the definitions of the formats.
 """
 
 import copy
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.packages import PACKAGES, module
-from tests.seeded import seeded_tensor, write_checkpoint
-from tests.test_releases import CONFIGS, IDS, change_config, is_one_sentence, logits, shapes_of, tensors_of
+from tests.packed import CONFIGS, RELEASES, WIDTHS, is_packed, quantised, write
+from tests.seeded import PROMPT, seeded_tensor, write_checkpoint
+from tests.test_releases import IDS, change_config, is_one_sentence, logits, tensors_of
 
-AWQ_PLACES = [0, 2, 4, 6, 1, 3, 5, 7]  # AutoAWQ: the value that stands at place 0, 1, … of a word
-
-
-def words(matrix: torch.Tensor, bits: int, places: list[int] | None = None) -> torch.Tensor:
-    """(rows, columns) of 0…2^bits - 1 -> (rows, columns / p) int32: p neighbours share a word, the first in its lowest
-    bits, or as `places` says."""
-    p = 32 // bits
-    whole = torch.nn.functional.pad(matrix.long(), (0, -matrix.shape[1] % p)).unflatten(1, (-1, p))
-    whole = sum(whole[..., value] << bits * place for place, value in enumerate(places or range(p)))
-    return (whole - (whole >= 2**31) * 2**32).int().contiguous()  # as a signed number
-
-
-def quantised(name: str, shape: tuple[int, int], bits: int, group: int, dtype: torch.dtype, symmetric: bool,
-              order: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    """(q (O, I) from 0 on, scale (O, G), zero (O, G), each column's group, what they mean in float32)."""
-    (O, I), middle = shape, 2 ** (bits - 1)
-    groups = (torch.arange(I) if order is None else order) // group
-    G = -(-I // group)
-    W = seeded_tensor(name, shape, 0.1).float()
-    scale = torch.stack([W[:, groups == g].abs().amax(1) / (middle - 1) for g in range(G)], 1).clamp(min=1e-3).to(dtype)
-    zero = torch.full((O, G), middle)
-    if not symmetric:
-        zero = zero + torch.arange(O * G).view(O, G) % 7 - 3
-    q = (W / scale.float()[:, groups]).round().add(zero[:, groups]).clamp(0, 2 * middle - 1).long()
-    meant = torch.empty(shape)
-    for i in range(I):
-        meant[:, i] = (q[:, i] - zero[:, groups[i]]) * scale[:, groups[i]].float()
-    return q, scale, zero, groups, meant
-
-
-def awq(name, shape, bits=4, group=32, dtype=torch.float16, symmetric=False):
-    q, scale, zero, _, meant = quantised(name, shape, bits, group, dtype, symmetric)
-    return {"qweight": words(q.T, 4, AWQ_PLACES), "qzeros": words(zero.T, 4, AWQ_PLACES),
-            "scales": scale.T.contiguous()}, meant
-
-
-def gptq(name, shape, bits=4, group=32, dtype=torch.float16, symmetric=True, desc_act=False, g_idx=True, less=1):
-    order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(1)) if desc_act else None
-    q, scale, zero, groups, meant = quantised(name, shape, bits, group, dtype, symmetric, order)
-    out = {"qweight": words(q, bits).T.contiguous(), "qzeros": words(zero.T - less, bits),
-           "scales": scale.T.contiguous()}
-    return out | ({"g_idx": groups.int()} if g_idx else {}), meant
-
-
-def compressed(name, shape, bits=4, group=32, dtype=torch.bfloat16, symmetric=True, act_order=False):
-    order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(1)) if act_order else None
-    q, scale, zero, groups, meant = quantised(name, shape, bits, group, dtype, symmetric, order)
-    out = {"weight_packed": words(q, bits), "weight_scale": scale, "weight_shape": torch.tensor(shape)}
-    if not symmetric:
-        out["weight_zero_point"] = words(zero.T, bits).T.contiguous()
-    return out | ({"weight_g_idx": groups.int()} if act_order else {}), meant
-
-
-def of_awq(group, **more):
-    return {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True,
-            "modules_to_not_convert": None} | more
-
-
-def of_gptq(group, bits=4, **more):
-    return {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": False, "sym": True,
-            "checkpoint_format": "gptq", "pack_dtype": "int32", "lm_head": False} | more
-
-
-def of_compressed(group, bits=4, **more):
-    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group,
-               "actorder": None, "dynamic": False, "block_structure": None, "observer": "minmax"} | more
-    if group is None:
-        weights["strategy"] = "channel"
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "kv_cache_scheme": None,
-            "quantization_status": "compressed", "ignore": ["lm_head", "re:.*mlp.gate$"], "config_groups": {
-                "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None,
-                            "output_activations": None}}}
-
-
-# Widths that groups of 32 divide.
-DENSE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
-WIDTHS = {"qwen3": DENSE, "qwen3_moe": DENSE | {"moe_intermediate_size": 32}, "deepseek_v3": {
-    "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "q_lora_rank": 64, "kv_lora_rank": 32,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "v_head_dim": 16}}
-RELEASES = {  # how a matrix is stored, and quantization_config
-    "awq": (awq, {}, of_awq(32)),
-    "awq, whole columns": (awq, {"group": None}, of_awq(-1)),
-    "awq, groups of 16": (awq, {"group": 16}, of_awq(16)),
-    "gptq": (gptq, {}, of_gptq(32)),
-    "gptq, no g_idx": (gptq, {"g_idx": False}, of_gptq(32)),
-    "gptq, groups of 64": (gptq, {"group": 64}, of_gptq(64)),
-    "gptq, whole columns": (gptq, {"group": None}, of_gptq(-1)),
-    "gptq, zero points": (gptq, {"symmetric": False}, of_gptq(32, sym=False)),
-    "gptq v2": (gptq, {"symmetric": False, "less": 0}, of_gptq(32, checkpoint_format="gptq_v2")),
-    "gptq, desc_act": (gptq, {"desc_act": True, "symmetric": False}, of_gptq(32, desc_act=True, sym=False)),
-    "gptq, bfloat16": (gptq, {"dtype": torch.bfloat16}, of_gptq(32)),
-    "gptq, 8 bits": (gptq, {"bits": 8}, of_gptq(32, 8)),
-    "gptq, 8 bits, desc_act": (gptq, {"bits": 8, "desc_act": True}, of_gptq(32, 8, desc_act=True)),
-    "gptq, 8 bits, whole columns": (gptq, {"bits": 8, "group": None}, of_gptq(-1, 8)),
-    "compressed": (compressed, {}, of_compressed(32)),
-    "compressed, zero points": (compressed, {"symmetric": False}, of_compressed(32, symmetric=False)),
-    "compressed, float16": (compressed, {"dtype": torch.float16}, of_compressed(32)),
-    "compressed, act order": (compressed, {"act_order": True}, of_compressed(32, actorder="group")),
-    "compressed, whole columns": (compressed, {"group": None}, of_compressed(None)),
-    "compressed, 8 bits": (compressed, {"bits": 8, "group": None}, of_compressed(None, 8)),
-    "compressed, 8 bits, groups": (compressed, {"bits": 8}, of_compressed(32, 8)),
-    "compressed, 8 bits, zero points": (compressed, {"bits": 8, "group": None, "symmetric": False},
-                                        of_compressed(None, 8, symmetric=False)),
-}
+int4, formats = module("qwen3", "engine.int4"), module("qwen3", "engine.packed_formats")  # alike in all packages
+REFERENCE = {package: Path(__file__).parent / package / "reference/packed.safetensors" for package in PACKAGES}
+FEW = ("gptq, desc_act", "compressed, zero points")
 
 
 @pytest.fixture(params=PACKAGES)
@@ -127,51 +28,308 @@ def package(request) -> str:
     return request.param
 
 
-def is_packed(name: str, shape: tuple[int, ...]) -> bool:
-    """All projections; of layer 0 the last stays as it is, as a modules_to_not_convert may ask."""
-    return "_proj" in name and "layers.0.mlp.down_proj" not in name and len(shape) == 2
+def linear_of(package: str) -> type:
+    return module(package, "engine.int4").IntegerLinear
 
 
-def write(folder: Path, package: str, release: str, plain: bool = False, torch_dtype: str = "float32",
-          only: str = "", **changes: object) -> Path:
-    """A small checkpoint of that format, or of what its numbers mean."""
-    store, how, quantization = RELEASES[release]
-    config = CONFIGS[package](**WIDTHS[package] | {"tie_word_embeddings": False, "torch_dtype": torch_dtype} | changes)
-    tensors, shapes = {}, shapes_of(config)
-    for name in [name for name, shape in shapes.items() if is_packed(name, shape) and only in name]:
-        shape = shapes.pop(name)
-        packed, meant = store(name, shape, **how | {"group": how.get("group", 32) or shape[1]})
-        stored = {"weight": meant.to(getattr(torch, torch_dtype))} if plain else packed
-        tensors |= {name.removesuffix("weight") + leaf: tensor for leaf, tensor in stored.items()}
-    config |= {} if plain else {"quantization_config": quantization}
-    return write_checkpoint(folder, config, getattr(torch, torch_dtype), shapes=shapes, **tensors)
+def packed_parts(package: str, model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    return {name: part for name, part in model.named_modules() if isinstance(part, linear_of(package))}
 
 
-@pytest.mark.parametrize("release", RELEASES)
+# The formats, by hand and against the libraries
+
+def config_of(quantization: str, group: int | None = None) -> SimpleNamespace:
+    return SimpleNamespace(quantization=quantization, weight_block_size=group and (1, group))
+
+
+def test_words_by_hand():
+    """0, 1, …, 7 in a word, and the zero points 1 … 8, by the definitions of AWQ, GPTQ and compressed-tensors."""
+    one_to_eight, scale = torch.arange(1, 9)[None], torch.full((1, 8), 0.5).half()
+    word = torch.tensor([[0x76543210]], dtype=torch.int32)
+    in_awqs_order = torch.tensor([[0x75316420]], dtype=torch.int32)
+    row = torch.arange(8)
+
+    # AWQ, one column in, eight rows out: W[o] = (o - zero) / 2
+    awq = formats.AWQLinear.make(config_of("awq"), (8, 1), qweight=in_awqs_order, qzeros=in_awqs_order + 0x11111111,
+                                 scales=scale)
+    assert torch.equal(awq.matrix(torch.float32), (row - one_to_eight[0])[:, None] * 0.5)
+    assert torch.equal(awq.integers().values, row[:, None].byte())
+
+    # GPTQ, eight columns in, eight rows out, all rows 0 … 7; the zero points that are stored are one less
+    qweight, qzeros = word.expand(1, 8).contiguous(), word
+    for quantization, zero in (("gptq", one_to_eight), ("gptq_v2", one_to_eight - 1)):
+        gptq = formats.GPTQLinear.make(config_of(quantization), (8, 8), qweight=qweight, qzeros=qzeros, scales=scale)
+        assert torch.equal(gptq.matrix(torch.float32), (row - zero.T) * 0.5)
+
+    # compressed-tensors: signed numbers, raised by 8
+    stored = {"weight_packed": word, "weight_scale": scale[:, :1], "weight_shape": torch.tensor([1, 8])}
+    compressed = formats.CompressedLinear.make(config_of("compressed-tensors"), (1, 8), **stored)
+    assert torch.equal(compressed.matrix(torch.float32), (row - 8)[None] * 0.5)
+    zero = formats.CompressedLinear.make(config_of("compressed-tensors"), (1, 8), **stored,
+                                         weight_zero_point=torch.tensor([[5]], dtype=torch.int32))
+    assert torch.equal(zero.matrix(torch.float32), (row - 5)[None] * 0.5)
+
+    # Eight bits: -128 and 127 are stored as 0 and 255
+    bytes_ = torch.tensor([[0, 255, 128, 1]], dtype=torch.uint8).view(torch.int32)
+    eight = formats.CompressedLinear.make(config_of("compressed-tensors"), (1, 4), weight_packed=bytes_,
+                                          weight_scale=scale[:, :1], weight_shape=torch.tensor([1, 4]))
+    assert eight.matrix(torch.float32).tolist() == [[-64, 63.5, 0, -63.5]]
+
+
+def cases_of_reference() -> list[str]:
+    return sorted({" ".join(name.split()[:4]) for name in load_file(REFERENCE["qwen3"]) if name[0] in "48"})
+
+
+@pytest.mark.parametrize("case", cases_of_reference())
+def test_a_matrix_of_compressed_tensors_is_that_librarys_bit_for_bit(case):
+    stored = {name.removeprefix(f"{case} "): tensor for name, tensor in load_file(REFERENCE["qwen3"]).items()
+              if name.startswith(f"{case} ")}
+    wanted = stored.pop("weight")
+    linear = formats.CompressedLinear.make(config_of("compressed-tensors"), tuple(wanted.shape), **stored)
+    assert torch.equal(linear.matrix(wanted.dtype), wanted)
+    packed = linear.pack()
+    assert torch.equal(torch.cat(list(packed.pieces(wanted.dtype)))[:packed.rows], wanted)
+    bits, group, dtype, symmetric = case.split()
+    q, scale, zero, _, _ = quantised("matrix", (20, 96), int(bits), int(group), getattr(torch, dtype),
+                                     symmetric == "symmetric")
+    assert torch.equal(scale, stored["weight_scale"])
+    if bits == "4":  # in eight bits, what is quantised again was rounded too far for it
+        assert torch.equal(linear.integers().values, q.byte())
+
+
+@pytest.mark.parametrize("package, release", [
+    pytest.param(package, release, marks=() if package == "qwen3" or release == "compressed" else pytest.mark.slow)
+    for package in PACKAGES for release in RELEASES
+    if release.startswith("compressed") and "act order" not in release and "zero points" not in release])
+def test_logits_are_those_of_transformers_with_compressed_tensors(tmp_path, package, release):
+    """It unpacks experts into the type of their scales, whatever is asked for."""
+    wanted = load_file(REFERENCE[package])[release]
+    model = module(package, "weights").load_model(write(tmp_path, package, release), dtype="float32")
+    for name, weight in model.named_parameters():
+        if ".experts." in name:
+            weight.data = weight.data.to(RELEASES[release][1].get("dtype", torch.bfloat16)).float()
+    with torch.inference_mode():
+        assert (model(IDS)[0] - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("package, release", [
+    pytest.param(package, release, marks=() if package == "qwen3" or release in FEW else pytest.mark.slow)
+    for package in PACKAGES for release in RELEASES])
 def test_a_release_is_what_its_bits_mean(tmp_path, package, release):
-    """In float32 the logits are those of the matrices that are meant, which are exact."""
+    """In float32 the matrices are those that are meant, exactly, and so are the logits, up to the order of sums."""
     folder = write(tmp_path / "packed", package, release)
     plain = write(tmp_path / "plain", package, release, plain=True)
     model = module(package, "weights").load_model(folder)
     meant = load_file(plain / "model.safetensors")
-    packed = {name: part for name, part in model.named_modules() if isinstance(part, linear_of(package))}
-    assert len(packed) == sum(is_packed(name, tensor.shape) for name, tensor in meant.items()) > 5
-    for name, part in packed.items():
+    parts = packed_parts(package, model)
+    assert len(parts) == sum(is_packed(name, tensor.shape) for name, tensor in meant.items()) > 5
+    for name, part in parts.items():
         assert torch.equal(part.matrix(torch.float32), meant[f"{name}.weight"])
+        assert (part.packed is None) == (".experts." in name)  # experts wait for a token
     wanted = logits(package, plain)
     with torch.inference_mode():
         assert (model(IDS) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     assert torch.equal(logits(package, folder, dtype="float32"), wanted)
-    stored = load_file(folder / "model.safetensors")
-    state = model.state_dict()
+    stored, state = load_file(folder / "model.safetensors"), model.state_dict()
     assert state.keys() == stored.keys() and all(torch.equal(state[name], stored[name]) for name in stored)
     bytes_in_memory = module(package, "weights").bytes_in_memory
     assert bytes_in_memory(folder) == sum(tensor.nbytes for tensor in stored.values())
     assert bytes_in_memory(folder, "float32") == sum(tensor.nbytes for tensor in meant.values())
 
 
-def linear_of(package: str) -> type:
-    return module(package, "engine.int4").IntegerLinear
+# The matmul
+
+SHAPES = [(64, 96, 32), (100, 256, 128), (130, 64, 64), (48, 480, 96), (48, 480, 48), (256, 512, 256)]  # O, I, group
+KERNELS = ["as it is", "none"]
+
+
+def integers(O: int, I: int, group: int, bits: int, dtype: torch.dtype, symmetric: bool, mixed: bool):
+    order = torch.randperm(I, generator=torch.Generator().manual_seed(3)) if mixed else None
+    q, scale, zero, groups, _ = quantised("W", (O, I), bits, group, dtype, symmetric, order)
+    q, zero = (t.byte() if bits == 4 else (t - 128).to(torch.int8) for t in (q, zero))
+    return int4.Integers(q, scale, zero, group, groups if mixed else None)
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request, monkeypatch) -> str:
+    """PyTorch's matmul of packed weights, or a PyTorch without it."""
+    if request.param == "none":
+        monkeypatch.setattr(int4, "layout", lambda: None)
+    return request.param
+
+
+@pytest.mark.parametrize("bits, symmetric, dtype", [(4, True, torch.bfloat16), (4, False, torch.float16),
+                                                    (8, True, torch.bfloat16), (8, False, torch.float16)])
+@pytest.mark.parametrize("O, I, group", SHAPES)
+def test_a_packed_matmul_is_that_of_the_matrix(kernel, O, I, group, bits, symmetric, dtype):
+    for mixed in (False, True):
+        whole = integers(O, I, group, bits, dtype, symmetric, mixed)
+        packed, W = int4.pack(whole), whole.matrix(torch.float32)
+        if kernel == "none":
+            assert packed.kernel is None or bits == 8
+        assert (packed.order is not None) == (mixed and group < I) and packed.rows == O
+        for rows in (1, 3, 40):
+            x = torch.randn(rows, I, generator=torch.Generator().manual_seed(rows)) + 0.3
+            assert (packed.matmul(x) - x @ W.T).abs().max() <= 1e-5 * (x @ W.T).abs().max()
+            x = x.bfloat16()
+            exact = x.double() @ W.double().T
+            plain, ours = (x @ W.bfloat16().T - exact).square().mean(), (packed.matmul(x) - exact).square().mean()
+            assert ours.sqrt() <= 2 * plain.sqrt(), (rows, mixed)
+
+
+def test_pytorch_has_the_kernel_and_it_reads_our_order():
+    """Without it everything is computed more slowly: a change in PyTorch should be noticed."""
+    layout = int4.layout()
+    assert layout is not None
+    q = torch.randint(0, 16, (128, 96), generator=torch.Generator().manual_seed(0))
+    ours = int4.join_nibbles(q.byte(), *layout)
+    assert torch.equal(ours.flatten(), torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1).flatten())
+    block, axis = layout
+    assert torch.equal(int4.nibbles(ours, axis).transpose(1, 2).flatten(0, 1), q.byte())
+
+
+@pytest.mark.parametrize("block, axis", [(64, -2), (32, -2), (16, -1)])
+def test_the_orders_of_other_processors(monkeypatch, block, axis):
+    """AVX-512, AVX2, and those with neither: packed and unpacked again, without their kernels."""
+    monkeypatch.setattr(int4, "layout", lambda: (block, axis))
+    whole = integers(100, 96, 32, 4, torch.bfloat16, False, False)
+    packed = int4.pack(whole)
+    assert packed.values.shape == (-(-100 // block), 96, block // 2)
+    assert torch.equal(torch.cat(list(packed.pieces(torch.float32)))[:100], whole.matrix(torch.float32))
+
+
+def test_groups_that_are_not_whole_are_multiplied_slowly_and_rightly():
+    for group_of in (None, torch.arange(80) % 2):  # 80 columns in groups of 32; two groups of 40 that say 32
+        q, scale, zero, _, _ = quantised("W", (48, 80), 4, 32, torch.float32, False)
+        whole = int4.Integers(q.byte(), scale, zero.byte(), 32, group_of)
+        assert int4.pack(whole) is None
+
+
+def test_gradients_reach_what_is_before_it():
+    linear = module("qwen3", "engine.rounding")
+    tensors = linear.packed_tensors(seeded_tensor("W", (32, 64), 1.0), 4, 32)
+    part = formats.CompressedLinear.make(config_of(None), (32, 64), **tensors)
+    for dtype, rows in ((torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 40)):
+        x = torch.ones(rows, 64, dtype=dtype, requires_grad=True)
+        part(x).sum().backward()
+        assert torch.allclose(x.grad.float(), part.matrix(torch.float32).sum(0).expand(rows, 64), rtol=0.02, atol=0.05)
+
+
+# In a model
+
+def test_in_bfloat16_a_model_errs_at_most_twice_as_much_as_with_plain_matrices(tmp_path):
+    for release in ("gptq, bfloat16", "awq", "compressed, 8 bits"):
+        folder = write(tmp_path / release, "qwen3", release, torch_dtype="bfloat16")
+        plain = write(tmp_path / f"{release} plain", "qwen3", release, plain=True, torch_dtype="bfloat16")
+        exact = logits("qwen3", folder, dtype="float32")
+        model = module("qwen3", "weights").load_model(folder)
+        with torch.inference_mode():
+            ours = torch.cat([model(IDS[:, :end + 1])[:, -1:] if end else model(IDS[:, :1]) for end in range(12)], 1)
+        errors = [(one - exact).square().mean().sqrt() for one in (ours, logits("qwen3", plain))]
+        assert model(IDS[:, :1]).dtype == torch.bfloat16 and errors[0] <= 2 * errors[1], release
+
+
+@pytest.mark.parametrize("release", ["awq", "compressed, 8 bits"])
+def test_tokens_one_by_one_and_in_batches(tmp_path, package, release):
+    """Float32: what is decoded is what a whole prompt gives, and what the rows of a batch give."""
+    model = module(package, "weights").load_model(write(tmp_path, package, release))
+    generate = module(package, "generate")
+    alone = [list(generate.generate(model, PROMPT[:n], max_new_tokens=6)) for n in (12, 5)]
+    assert generate.generate_batch(model, [PROMPT, PROMPT[:5]], max_new_tokens=6) == alone
+    ids = torch.tensor([PROMPT + alone[0]])
+    with torch.inference_mode():
+        assert model(ids)[0, 11:-1].argmax(-1).tolist() == alone[0]
+
+
+@pytest.mark.parametrize("package", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("release", FEW)
+def test_an_expert_is_unpacked_when_a_token_is_first_routed_to_it(tmp_path, monkeypatch, package, release):
+    folder, used, read = write(tmp_path, package, release, torch_dtype="bfloat16"), set(), []
+    model = module(package, "weights").load_model(folder)
+    format = {type(part) for part in packed_parts(package, model).values()}.pop()
+    unpack = format.integers
+    monkeypatch.setattr(format, "integers", lambda self: read.append(self) or unpack(self))
+    for name, part in model.named_modules():
+        if name.endswith(".mlp.gate") and "layers.3" not in name:
+            part.register_forward_hook(lambda _, __, out, name=name: used.update(
+                f"{name[:-4]}experts.{e}" for e in out[1].flatten().tolist()))
+    with torch.inference_mode():
+        for _ in range(2):
+            model(IDS[:, :1])
+    experts = {name for name, part in packed_parts(package, model).items() if ".experts." in name and part.packed}
+    assert {name.rpartition(".")[0] for name in experts} == used and len(experts) == 3 * len(used) == len(read)
+
+
+def test_copies_and_moves_compute_the_same(tmp_path):
+    model = module("qwen3", "weights").load_model(write(tmp_path, "qwen3", "gptq, desc_act"))
+    with torch.inference_mode():
+        wanted = model(IDS)
+        again = copy.deepcopy(model)
+        again.load_state_dict(model.state_dict())
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), again, model.double().float()):
+            assert (other(IDS) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_training_is_refused_in_a_sentence(tmp_path, package):
+    model = module(package, "weights").load_model(write(tmp_path, package, "compressed", only="q_"))
+    with pytest.raises(ValueError, match="weights of 4 or 8 bits cannot be trained; start from the release in bf"):
+        model.train()
+    assert not any(parameter.requires_grad for part in packed_parts(package, model).values()
+                   for parameter in part.parameters())
+
+
+# What the files and config.json say
+
+def change(folder: Path, **tensors: torch.Tensor | None) -> None:
+    kept = {name: tensor for name, tensor in (tensors_of(folder) | tensors).items() if tensor is not None}
+    save_file(kept, folder / "model.safetensors")
+
+
+PROJ = "model.layers.1.mlp.up_proj"
+DAMAGED = {
+    "no scales": ("gptq", lambda f: change(f, **{f"{PROJ}.scales": None}), "up_proj.scales is missing"),
+    "no zero points": ("awq", lambda f: change(f, **{f"{PROJ}.qzeros": None}), "up_proj.qzeros is missing"),
+    "no groups": ("gptq", lambda f: change(f, **{f"{PROJ}.scales": torch.ones(3, 96).half()}), "does not divide 64"),
+    "words that are missing": ("awq", lambda f: change(f, **{f"{PROJ}.qweight": torch.ones(64, 11).int()}),
+                               r"qweight has shape \(64, 11\), the config asks for \(64, 12\)"),
+    "words of 64 bits": ("gptq", lambda f: change(f, **{f"{PROJ}.qweight": torch.ones(8, 96).long()}),
+                         "qweight is stored as torch.int64; known are torch.int32"),
+    "words as floats": ("gptq", lambda f: change(f, **{f"{PROJ}.qweight": torch.ones(8, 96)}), "as torch.float32"),
+    "scales as integers": ("compressed", lambda f: change(f, **{f"{PROJ}.weight_scale": torch.ones(96, 2).int()}),
+                           "weight_scale is stored as I32"),
+    "both": ("compressed", lambda f: change(f, **{f"{PROJ}.weight": torch.ones(96, 64)}),
+             "up_proj.weight is in the checkpoint, but the config has no place for it"),
+    "not announced": ("gptq", lambda f: change_config(f, quantization_config={}),
+                      "qweight is packed, as config.json's quantization_config does not say"),
+    "announced as another": ("awq", lambda f: change_config(f, quantization_config=RELEASES["compressed"][2]),
+                             "qweight is packed, as config.json's quantization_config does not say"),
+    "a group that is none": ("gptq, desc_act", lambda f: change(f, **{f"{PROJ}.g_idx": torch.full((64,), 2).int()}),
+                             "a g_idx of this checkpoint names a group that is not among the 2 of its matrix"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path, damage):
+    release, change_it, message = DAMAGED[damage]
+    folder = write(tmp_path, "qwen3", release)
+    change_it(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        module("qwen3", "weights").load_model(folder)
+    assert is_one_sentence(error, folder)
+
+
+def test_notes_say_what_is_computed_otherwise_or_slowly(tmp_path, package):
+    read_checkpoint = module(package, "engine.prepare").read_checkpoint
+
+    def notes(release: str, torch_dtype: str = "bfloat16") -> str:
+        return " ".join(read_checkpoint(write(tmp_path, package, release, torch_dtype=torch_dtype, only="q_"))[0].notes)
+
+    assert notes("awq") == notes("gptq, whole columns") == notes("compressed, 8 bits") == ""
+    assert "activations and cache are bfloat16 here and not the checkpoint's float16" in notes("awq", "float16")
+    assert "no fast matmul for such packed weights (groups of 16 columns)" in notes("awq, groups of 16")
+    assert "(groups of 32 columns)" in notes("gptq, 8 bits") and "slow" in notes("compressed, 8 bits, groups")
+    model = module(package, "weights").load_model(write(tmp_path, package, "awq", torch_dtype="float16", only="q_"))
+    assert model(IDS).dtype == torch.bfloat16
 
 
 # Rounded in memory

@@ -100,6 +100,7 @@ class Packed(NamedTuple):
     axis: int  # of `nibbles`
     order: Tensor | None  # of the columns
     kernel: tuple[int, Tensor] | None  # for PyTorch's kernel: its group, and scales and offsets (G, O, 2) or (O,)
+    lost: Tensor | None = None  # (G, O), what rounding to bfloat16 took from the offsets
 
     def matmul(self, x: Tensor) -> Tensor:
         """x (n, I) -> x W^T (n, O)."""
@@ -111,7 +112,10 @@ class Packed(NamedTuple):
         if self.values.dtype == torch.int8:
             return torch.ops.aten._weight_int8pack_mm(x, self.values, scales)
         values = self.values.view(scales.shape[1], -1)  # (O, I / 2)
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, values, group, scales)[:, :self.rows]
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, values, group, scales)
+        if self.lost is not None:  # the same for a whole group: where x has a mean, it would add up
+            y = torch.addmm(y, x.unflatten(1, (-1, self.group)).sum(-1), self.lost)
+        return y[:, :self.rows]
 
     def pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """W in pieces of some rows, (some, I) each: the numbers of Integers.matrix."""
@@ -145,18 +149,19 @@ def pack(integers: Integers) -> Packed | None:
         is_known = group == I and zero is None
         kernel = (group, scale[:, 0].bfloat16()) if is_known else None
         return Packed(values.contiguous(), scale.contiguous(), zero, O, group, 0, order, kernel)
-    (block, axis), kernel = layout() or (64, -2), None
+    (block, axis), kernel, lost = layout() or (64, -2), None, None
     values, scale, zero = (t if t is None else torch.cat((t, t.new_zeros(-O % block, t.shape[1])))
                            for t in (values, scale, zero))
     scale, zero = scale.T.contiguous(), None if zero is None else zero.T.contiguous()
     size = next((size for size in GROUPS if group % size == 0), None)  # a larger group is several with one scale
     if layout() and size:
-        offset = 0 * scale if zero is None else (8 - zero) * scale.float()
-        scales = torch.stack((scale.float(), offset.float()), -1).bfloat16()
-        kernel = size, scales.repeat_interleave(group // size, 0)
+        offset = torch.zeros_like(scale).float() if zero is None else (8 - zero) * scale.float()
+        scales = torch.stack((scale.float(), offset), -1).bfloat16()
+        kernel, lost = (size, scales.repeat_interleave(group // size, 0)), (offset - scales[..., 1]).bfloat16()
         if group == size and scale.dtype == torch.bfloat16:
             scale = scales[..., 0]  # the same numbers: not kept twice
-    return Packed(join_nibbles(values, block, axis), scale, zero, O, group, axis, order, kernel)
+    lost = None if zero is None else lost
+    return Packed(join_nibbles(values, block, axis), scale, zero, O, group, axis, order, kernel, lost)
 
 
 class IntegerLinear(QuantizedLinear):

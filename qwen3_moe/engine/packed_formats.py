@@ -114,8 +114,8 @@ def suit_kernel(config: Config, files: CheckpointFiles) -> tuple[Config, list[st
     first = next((name for name in files.tensors if name.endswith(("qweight", "weight_packed"))), None)
     eight_bits = first and count_weights(files, first) == 4 * math.prod(files.tensors[first].shape)
     if size and first and (size % min(GROUPS) or eight_bits):
-        notes.append(f"PyTorch has no fast matmul for this checkpoint's packed weights (groups of {size} columns): they "
-                     "are dequantised for every token, which is slow")
+        notes.append(f"PyTorch has no fast matmul for such packed weights (groups of {size} columns): they are "
+                     "dequantised for every token, which is slow")
     return config, notes
 
 
