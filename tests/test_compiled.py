@@ -13,6 +13,7 @@ import torch
 
 from qwen3.engine import fast
 from tests.packages import PACKAGES, module, stack_on_the_cpu, without_compiler
+from tests.packed import write
 from tests.seeded import LONG_PROMPT, write_case
 
 CASE = {"qwen3": "grouped", "qwen3_moe": "two_of_eight", "deepseek_v3": "moonlight"}
@@ -122,6 +123,16 @@ def test_a_compiler_reads_fp8_weights_where_they_lie(package):
     config = SimpleNamespace(weight_block_size=(128, 128))
     linear = module(package, "engine.quantized").FP8Linear(config, weight, scale)
     assert largest_buffer(linear, torch.randn(1, 1, 256).bfloat16()) <= 256
+
+
+@pytest.mark.slow
+def test_compiled_steps_with_packed_weights_give_the_tokens_of_plain_ones(tmp_path, monkeypatch):
+    folder = write(tmp_path, "qwen3", "compressed", torch_dtype="bfloat16", num_hidden_layers=1)
+    model = module("qwen3", "weights").load_model(folder)
+    generate, request = module("qwen3", "generate"), {"max_new_tokens": 12}
+    monkeypatch.setattr(module("qwen3", "engine.compiled"), "BLOCK", 10)
+    plain = list(generate.generate(model, LONG_PROMPT[:20], **request))
+    assert list(generate.generate(model, LONG_PROMPT[:20], compiled=True, **request)) == plain and len(set(plain)) > 3
 
 
 @pytest.mark.slow
