@@ -31,7 +31,7 @@ EQUAL = {
     "engine/expert_picture.py": EXPERTS,
     **{f"engine/{name}.py": ALL for name in (
         "__init__", "architecture_fields", "arguments", "batch", "chat_formats", "chatml_shapes", "compiled",
-        "conversation", "fast", "fields", "generation_fields", "int4", "integer_fields", "memory",
+        "conversation", "fast", "fields", "generation_fields", "int4", "integer_fields", "integer_linear", "memory",
         "packed_formats", "prepare", "quantization_fields", "quantized", "requests", "rope_fields", "rounding",
         "safetensors_reader", "sizes", "supported", "template_expressions", "template_reader",
         "template_shapes", "templates", "terminal", "tiktoken_vocab", "vocabulary", "yarn")},

@@ -29,7 +29,7 @@ def package(request) -> str:
 
 
 def linear_of(package: str) -> type:
-    return module(package, "engine.int4").IntegerLinear
+    return module(package, "engine.integer_linear").IntegerLinear
 
 
 def packed_parts(package: str, model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -258,6 +258,24 @@ def test_an_expert_is_unpacked_when_a_token_is_first_routed_to_it(tmp_path, monk
             model(IDS[:, :1])
     experts = {name for name, part in packed_parts(package, model).items() if ".experts." in name and part.packed}
     assert {name.rpartition(".")[0] for name in experts} == used and len(experts) == 3 * len(used) == len(read)
+
+
+@pytest.mark.parametrize("package", ["qwen3_moe", "deepseek_v3"])
+def test_packed_experts_take_no_more_memory_than_there_is(tmp_path, monkeypatch, package):
+    folder = write(tmp_path, package, "awq")
+    prepare, load_model = module(package, "engine.prepare"), module(package, "weights").load_model
+    wanted = logits(package, folder)
+    monkeypatch.setattr(prepare, "free_memory", lambda device: 24_000)
+    model = load_model(folder)
+    budgets = {part.budget for name, part in packed_parts(package, model).items() if ".experts." in name}
+    (budget,) = budgets
+    assert budget.most == 18_000 and not budget.total
+    for _ in range(2):
+        with torch.inference_mode():
+            assert torch.equal(model(IDS), wanted)
+        kept = {part for name, part in packed_parts(package, model).items() if ".experts." in name and part.packed}
+        assert kept == budget.sizes.keys() and 0 < budget.total == sum(budget.sizes.values()) <= budget.most
+        assert all(part.packed for name, part in packed_parts(package, model).items() if ".experts." not in name)
 
 
 def test_copies_and_moves_compute_the_same(tmp_path):

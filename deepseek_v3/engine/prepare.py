@@ -17,7 +17,8 @@ from ..layers import Linear
 from ..model import Model
 from .fields import DTYPES, plain
 from .parts import FASTER, KEPT_IN_FLOAT32, correct, count_parts, stack_experts
-from .int4 import IntegerLinear
+from .integer_linear import Budget, IntegerLinear
+from .memory import free_memory
 from .packed_formats import FORMATS, CompressedLinear, suit_kernel
 from .quantized import FP8, QuantizedLinear
 from .rounding import BITS, GROUP, is_rounded, packed_tensors
@@ -121,10 +122,21 @@ def prepare(model: Model, files: CheckpointFiles, device: str | torch.device, dt
             for leaf in list(module._parameters):
                 if (whole := f"{name}.{leaf}") in shapes:
                     place(module, leaf, read(whole).to(torch.float32 if leaf in KEPT_IN_FLOAT32 else compute))
+    bound_experts(model, device)
     model.tie_weights()
     rope = model.model.rotary_emb
     rope.inv_freq = rope.inv_freq.to(device)  # once, and not at each forward
     return model.eval()
+
+
+def bound_experts(model: Model, device: torch.device) -> None:
+    """Packed experts may fill what is left of memory, but for a quarter: cache and activations come from it too."""
+    experts = [part for name, part in model.named_modules() if isinstance(part, IntegerLinear) and ".experts." in name]
+    free = free_memory(device) if experts and device.type == "cpu" else None
+    if free is not None:
+        budget = Budget(free * 3 // 4)
+        for part in experts:
+            part.budget = budget
 
 
 def rounded(config: Config, W: Tensor, bits: int) -> CompressedLinear:

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from .fast import matmul
-from .quantized import QuantizedLinear
 
 FEW = 32  # rows up to which the kernel is faster than dequantising; it takes four at a time
 GROUPS = (256, 128, 64, 32)  # that the kernel knows
@@ -162,41 +161,3 @@ def pack(integers: Integers) -> Packed | None:
             scale = scales[..., 0]  # the same numbers: not kept twice
     lost = None if zero is None else lost
     return Packed(join_nibbles(values, block, axis), scale, zero, O, group, axis, order, kernel, lost)
-
-
-class IntegerLinear(QuantizedLinear):
-    """y = x W^T with a W of small integers. A subclass knows how its format stores them."""
-
-    packed: Packed | bool | None = None  # made at first use, from the parameters; False: it cannot be
-
-    def __init__(self, shape: tuple[int, int], group: int, **tensors: Tensor):
-        super().__init__(**tensors)
-        self.shape, self.group = shape, group  # of W; columns that share a scale
-
-    def integers(self) -> Integers:
-        raise NotImplementedError
-
-    def matrix(self, dtype: torch.dtype) -> Tensor:
-        return self.integers().matrix(dtype)
-
-    def pack(self) -> Packed | bool:
-        if self.packed is None:
-            self.packed = pack(self.integers()) or False
-        return self.packed
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or not self.pack():
-            return super().forward(x)
-        return self.packed.matmul(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
-
-    def train(self, mode: bool = True) -> "IntegerLinear":
-        if mode:
-            raise ValueError("weights of 4 or 8 bits cannot be trained; start from the release in bfloat16")
-        return super().train(mode)
-
-    def _apply(self, *arguments, **more) -> "IntegerLinear":  # what .to() and its like come down to
-        self.packed = None
-        return super()._apply(*arguments, **more)
-
-    def __getstate__(self) -> dict:
-        return super().__getstate__() | {"packed": None}

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from .int4 import GROUPS, IntegerLinear, Integers, nibbles
+from .int4 import GROUPS, Integers, nibbles
+from .integer_linear import IntegerLinear
 from .quantized import FP8Linear
 from .safetensors_reader import CheckpointFiles, TensorInfo
 
