@@ -4,7 +4,7 @@ All of them store words of 32 bits with p values each, 8 of four bits or 4 of ei
 W of O rows (out) and I columns (in), and G groups of columns:
 
                         values                  scale                  zero point
-    AWQ                 qweight (I, O/p)        scales (G, O)          qzeros (G, O/p); in AWQ's order, as the values
+    AWQ                 qweight (I, O/p)        scales (G, O)          qzeros (G, O/p); in an order of its own
     GPTQ                qweight (I/p, O)        scales (G, O)          qzeros (G, O/p); one less than meant
     compressed-tensors  weight_packed (O, I/p)  weight_scale (O, G)    weight_zero_point (O/p, G); or none, which is
                                                                        the middle of the range
@@ -28,7 +28,6 @@ from .integer_linear import IntegerLinear
 from .quantized import FP8Linear
 from .safetensors_reader import CheckpointFiles, TensorInfo
 
-AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # the place of each value in its word
 WORDS, FLOATS = (torch.int32, torch.int64), (torch.bfloat16, torch.float16, torch.float32)
 LEAF = re.compile(r".+\.(qweight|qzeros|scales|g_idx|weight_(packed|scale|shape|zero_point|g_idx))")
 Shapes = dict[str, tuple[int, ...]]
@@ -135,7 +134,8 @@ class AWQLinear(IntegerLinear):
         return cls(shape, group_size(shape[1], len(tensors["scales"]), config), **tensors)
 
     def integers(self) -> Integers:
-        values, zero = (unpack(words, 4, 8 * words.shape[1]).unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2)
+        # The values 0, 1, 2, … of a word stand at its places 0, 4, 1, 5, 2, 6, 3, 7.
+        values, zero = (unpack(words, 4, 8 * words.shape[1]).unflatten(-1, (-1, 2, 4)).mT.flatten(-3)
                         for words in (self.qweight, self.qzeros))
         O = self.shape[0]
         return Integers(values[:, :O].T, self.scales.T, zero[:, :O].T, self.group)

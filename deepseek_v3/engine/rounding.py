@@ -15,7 +15,7 @@ BITS = {"int4": 4, "int8": 8}  # the types that are asked for by name
 GROUP = 32  # columns that share a scale in four bits; in eight bits a whole row does
 SHRINK = {4: 0.025, 8: 0.01}  # the step from one scale that is tried to the next
 TRIES = 16
-PIECE = 2**21  # weights at a time: in float32, with what is computed of them, some 50 MB
+PIECE = 2**17  # weights at a time: what is computed of them in float32 stays in a processor's cache
 
 
 def is_rounded(name: str, shape: tuple[int, ...], group: int = GROUP) -> bool:
@@ -29,9 +29,11 @@ def is_rounded(name: str, shape: tuple[int, ...], group: int = GROUP) -> bool:
 @torch.no_grad()
 def round_matrix(W: Tensor, bits: int, group: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
     """W (O, I) -> q (O, I) int8, scale (O, I / group) in `dtype`."""
+    q, scale = torch.empty(W.shape, dtype=torch.int8), torch.empty(len(W), W.shape[1] // group, dtype=dtype)
     step = max(PIECE // W.shape[1], 1)
-    q, scales = zip(*(round_rows(rows, bits, group, dtype) for rows in W.split(step)))
-    return torch.cat(q), torch.cat(scales)
+    for rows in (slice(first, first + step) for first in range(0, len(W), step)):
+        q[rows], scale[rows] = round_rows(W[rows], bits, group, dtype)
+    return q, scale
 
 
 def round_rows(W: Tensor, bits: int, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -42,22 +44,27 @@ def round_rows(W: Tensor, bits: int, group: int, dtype: torch.dtype) -> tuple[Te
     for number in range(TRIES):
         scale = (largest * (1 - number * SHRINK[bits])).to(dtype).float()
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a group of zeros, or too small for the type
-        error = (nearest(W, scale, most) * scale - W).square_().sum(-1, keepdim=True)
+        error = nearest(W, scale, most).mul_(scale).sub_(W).square_().sum(-1, keepdim=True)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return nearest(W, best, most).to(torch.int8).flatten(1), best[..., 0].to(dtype)
 
 
 def nearest(W: Tensor, scale: Tensor, most: int) -> Tensor:
-    return (W / scale).round_().clamp_(-most - 1, most)
+    return (W * (1 / scale)).round_().clamp_(-most - 1, most)
 
 
+@torch.no_grad()
 def packed_tensors(W: Tensor, bits: int, group: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """W (O, I) rounded, as compressed-tensors stores it; in eight bits a row shares a scale, whatever the group is."""
-    q, scale = round_matrix(W, bits, group if bits == 4 else W.shape[1], dtype)
-    data = (q + 8).view(torch.uint8) if bits == 4 else q.view(torch.uint8) ^ 128
-    data = torch.nn.functional.pad(data, (0, -data.shape[1] % (32 // bits)))
-    if bits == 4:
-        low, high = data.unflatten(1, (-1, 2)).unbind(-1)
-        data = low | high << 4
-    return {"weight_packed": data.contiguous().view(torch.int32), "weight_scale": scale.contiguous(),
-            "weight_shape": torch.tensor(W.shape)}
+    (O, I), group = W.shape, group if bits == 4 else W.shape[1]
+    words = torch.empty(O, -(-I * bits // 32), dtype=torch.int32)
+    scale = torch.empty(O, I // group, dtype=dtype)
+    step = max(PIECE // I, 1)
+    for rows in (slice(first, first + step) for first in range(0, O, step)):  # the whole W in int8 would be large
+        q, scale[rows] = round_rows(W[rows], bits, group, dtype)
+        data = torch.nn.functional.pad((q + 8 if bits == 4 else q).view(torch.uint8), (0, -I % (32 // bits)))
+        if bits == 4:
+            low, high = data.unflatten(1, (-1, 2)).unbind(-1)
+            data = low | high << 4
+        words[rows] = (data if bits == 4 else data ^ 128).contiguous().view(torch.int32)
+    return {"weight_packed": words, "weight_scale": scale, "weight_shape": torch.tensor(W.shape)}

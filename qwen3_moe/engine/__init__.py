@@ -5,7 +5,9 @@ builds the plain model and lets `prepare` swap parts of it for those named in `p
 --plain leave these out: the model then consists of the lesson's own parts.
 
     faster          parts (which part is swapped for which), fast (matmuls, attention), experts, compiled, batch
-    smaller         quantized (FP8), quantization_fields (how a checkpoint says so)
+    smaller         quantized (FP8), int4 (integers of 4 and 8 bits), integer_linear, packed_formats (where published
+                    files keep the bits), rounding (to integers, here); how a checkpoint says so: quantization_fields,
+                    integer_fields
     files           prepare (loading), safetensors_reader, sizes and memory (does it fit?), drafts
     longer          yarn
     refused         supported, fields, architecture_fields, rope_fields, generation_fields, requests

@@ -121,7 +121,7 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(capfd, arguments, message):
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--foo"], ["-n", "many"], ["--thinking", "--no-thinking"], ["--dtype", "int4"], ["-p"]])
+    ["--foo"], ["-n", "many"], ["--thinking", "--no-thinking"], ["--dtype", "int3"], ["-p"]])
 def test_a_wrong_flag_too(capfd, arguments):
     with pytest.raises(SystemExit) as error:
         main(arguments)

@@ -95,8 +95,8 @@ def test_the_bytes_are_known_before_loading(folder):
 
 
 def test_an_unknown_type_is_refused(folder):
-    with pytest.raises(ValueError, match="dtype 'int4' is not known; choose one of bfloat16"):
-        load_model(folder, dtype="int4")
+    with pytest.raises(ValueError, match="dtype 'int3' is not known; choose one of bfloat16"):
+        load_model(folder, dtype="int3")
 
 
 # What is wrong with a folder, and what is said of it
