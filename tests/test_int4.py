@@ -198,11 +198,21 @@ def test_the_orders_of_other_processors(monkeypatch, block, axis):
     assert torch.equal(torch.cat(list(packed.pieces(torch.float32)))[:100], whole.matrix(torch.float32))
 
 
+def test_widths_that_the_kernel_of_eight_bits_would_read_beyond_are_not_given_to_it():
+    """PyTorch's takes columns by 16 or 32, without a check: for others it returns NaN, or the process ends."""
+    for I in (24, 40, 48, 56, 100):
+        whole = integers(60, I, I, 8, torch.bfloat16, True, False)
+        packed, x = int4.pack(whole), torch.ones(1, I, dtype=torch.bfloat16)
+        assert packed.kernel is None and torch.equal(packed.matmul(x), x @ whole.matrix(torch.bfloat16).T)
+
+
 def test_groups_that_are_not_whole_are_multiplied_slowly_and_rightly():
     for group_of in (None, torch.arange(80) % 2):  # 80 columns in groups of 32; two groups of 40 that say 32
         q, scale, zero, _, _ = quantised("W", (48, 80), 4, 32, torch.float32, False)
         whole = int4.Integers(q.byte(), scale, zero.byte(), 32, group_of)
         assert int4.pack(whole) is None
+        groups = torch.arange(80) // 32 if group_of is None else group_of
+        assert torch.equal(whole.matrix(torch.float32), (q - zero[:, groups]) * scale[:, groups])
 
 
 def test_gradients_reach_what_is_before_it():
