@@ -239,7 +239,7 @@ def test_in_bfloat16_a_model_errs_at_most_twice_as_much_as_with_plain_matrices(t
         assert model(IDS[:, :1]).dtype == torch.bfloat16 and errors[0] <= 2 * errors[1], release
 
 
-@pytest.mark.parametrize("release", ["awq", "compressed, 8 bits"])
+@pytest.mark.parametrize("release", ["awq", pytest.param("compressed, 8 bits", marks=pytest.mark.slow)])
 def test_tokens_one_by_one_and_in_batches(tmp_path, package, release):
     """Float32: what is decoded is what a whole prompt gives, and what the rows of a batch give."""
     model = module(package, "weights").load_model(write(tmp_path, package, release))
@@ -252,7 +252,7 @@ def test_tokens_one_by_one_and_in_batches(tmp_path, package, release):
 
 
 @pytest.mark.parametrize("package", ["qwen3_moe", "deepseek_v3"])
-@pytest.mark.parametrize("release", FEW)
+@pytest.mark.parametrize("release", FEW[:1])
 def test_an_expert_is_unpacked_when_a_token_is_first_routed_to_it(tmp_path, monkeypatch, package, release):
     folder, used, read = write(tmp_path, package, release, torch_dtype="bfloat16"), set(), []
     model = module(package, "weights").load_model(folder)
@@ -362,7 +362,7 @@ def test_notes_say_what_is_computed_otherwise_or_slowly(tmp_path, package):
 
 # Rounded in memory
 
-@pytest.mark.parametrize("dtype, bits", [("int4", 4), ("int8", 8)])
+@pytest.mark.parametrize("dtype, bits", [("int4", 4), pytest.param("int8", 8, marks=pytest.mark.slow)])
 def test_a_small_model_is_rounded_in_memory(tmp_path, package, dtype, bits):
     config = CONFIGS[package](**WIDTHS[package] | {"tie_word_embeddings": False, "torch_dtype": "float32"})
     folder = write_checkpoint(tmp_path, config)

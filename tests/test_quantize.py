@@ -31,7 +31,8 @@ def run(source: Path, output: Path, *flags: str) -> int:
     return quantize.main([str(source), "-o", str(output), *flags])
 
 
-@pytest.mark.parametrize("flags", [(), ("--bits", "8"), ("--group", "16", "--head")])
+@pytest.mark.parametrize("flags", [pytest.param((), marks=pytest.mark.slow), ("--bits", "8"),
+                                   ("--group", "16", "--head")])
 def test_what_is_written_is_the_model_rounded_in_memory(tmp_path, package, capsys, flags):
     source, output = source_of(tmp_path, package, tie_word_embeddings=package == "qwen3"), tmp_path / "made"
     assert run(source, output, *flags) == 0
