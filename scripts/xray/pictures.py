@@ -8,7 +8,10 @@ import json
 import sys
 from pathlib import Path
 
-from .drawings import DRAW
+from . import lesson_qwen3
+from .drawings import DRAW as DRAW_SHARED
+
+DRAW = DRAW_SHARED | lesson_qwen3.DRAW
 
 FOLDER = Path(__file__).parent / "pictures"
 NUMBERS = FOLDER / "numbers.json"
