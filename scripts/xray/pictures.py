@@ -8,8 +8,9 @@ import json
 import sys
 from pathlib import Path
 
-from .drawings import DRAW
+from . import drawings, lesson_qwen3_moe
 
+DRAW = drawings.DRAW | lesson_qwen3_moe.DRAW
 FOLDER = Path(__file__).parent / "pictures"
 NUMBERS = FOLDER / "numbers.json"
 LARGEST = 60_000  # bytes of a picture
