@@ -44,7 +44,7 @@ def draw_layer(numbers: dict) -> str:
     picture.text(end - 22, 335, f"y, of length {numbers['result']:.1f}", "end")
     both = sum(chances[e] for e in chosen)
     parts = ", ".join(f"{chances[e]:.3f} / {both:.3f} = {weight:.2f}" for e, weight in zip(chosen, numbers["weights"]))
-    picture.text(24, 366, f"the two chances add up to {both:.3f}; divided by that, they are the weights: {parts}", "soft")
+    picture.text(24, 366, f"the two chances add up to {both:.3f}; divided by that: {parts}", "soft")
     return picture.svg("One token in a layer of experts", (
         f"Qwen3-MoE-Tiny reads “{numbers['question']}”. For the token {numbers['word']} the router of layer "
         f"{numbers['layer']} gives the scores {', '.join(map(str, logits))}. Experts {chosen[0]} and {chosen[1]} are "
@@ -71,11 +71,12 @@ def draw_learns(numbers: dict) -> str:
     runs, outputs, steps = numbers["runs"], numbers["outputs"], numbers["steps"]
     every = [score for run in runs.values() for row in run for score in row]
     picture = Shaded(316)
-    picture.text(24, 30, f"The scores of four experts, while the loss asks for the answer {numbers['target']:g}", "head")
+    head = f"The scores of four experts, while the loss asks for the answer {numbers['target']:g}"
+    picture.text(24, 30, head, "head")
     picture.text(24, 50, "the experts say " + ", ".join(f"{e}: {value:g}" for e, value in enumerate(outputs)), "soft")
-    below = {"two, renormalised": ("what is not chosen", "does not move"),
+    below = {"two, renormalized": ("what is not chosen", "does not move"),
              "two, as they are": ("the others are pushed", "down, too"),
-             "one, renormalised": ("its weight is always 1:", "nothing is learned")}
+             "one, renormalized": ("its weight is always 1:", "nothing is learned")}
     said = []
     for left, (name, run) in zip((50, 276, 502), runs.items()):
         axes = Axes(picture, (left, 92, 156, 150), (0, steps), (min(every) - 0.2, max(every) + 0.2))
@@ -131,9 +132,10 @@ def draw_routes(numbers: dict) -> str:
             picture.text(x + width / 2, y + 18, str(one), "middle")
             picture.text(x + width / 2, y + 35, str(other), "mono middle")
     foot = picture.height - 36
-    picture.text(24, foot, "above: the first choice, below: the second; the fuller the cell, the more the first one weighs",
+    picture.text(24, foot, "above: the first choice, below: the second; the fuller the cell, the more the first one "
+                 "weighs", "soft")
+    picture.text(24, foot + 18, "orange: digits; [ and ] are <|im_start|> and <|im_end|>, · is a blank, ⏎ a line break",
                  "soft")
-    picture.text(24, foot + 18, "orange: digits; [ and ] are <|im_start|> and <|im_end|>, · is a blank, ⏎ a line break", "soft")
     said = "; ".join(f"layer {i}: " + ", ".join(f"{tokens[t]} to {layer[t][0]}" for t in digits)
                      for i, layer in enumerate(layers))
     return picture.svg("The routes of a prompt's tokens", (
@@ -241,8 +243,8 @@ def draw_file(numbers: dict) -> str:
     y = top + row * (len(layers) + 1) - 2
     picture.text(86, y + 17, "head", "soft end")
     piece(94, y, numbers["head"], "a", "all of it")
-    picture.text(24, picture.height - 18, f"{read / 1e6:.2f} MB of {total / 1e6:.2f} MB are read, {percent(read / total)}",
-                 "soft")
+    picture.text(24, picture.height - 18, f"{read / 1e6:.2f} MB of {total / 1e6:.2f} MB are read, "
+                 f"{percent(read / total)}", "soft")
     said = "; ".join(f"layer {i} the experts {', '.join(map(str, layer['used']))}" for i, layer in enumerate(layers))
     return picture.svg("The parts of a checkpoint's file that one token reads", (
         f"Qwen3-MoE-Tiny. The token {numbers['word']} reads one row of the embedding, attention and router of each "

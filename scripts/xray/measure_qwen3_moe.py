@@ -84,8 +84,8 @@ def measure_learns() -> dict:
     """Four scores move by gradient descent towards a target: with weights that add up to 1, without, and with one."""
     outputs, target, steps, rate = torch.tensor([7.0, 3.0, 14.0, 5.0]), 14.0, 20, 0.05
     runs = {}
-    for name, active, normalised in (("two, renormalised", 2, True), ("two, as they are", 2, False),
-                                     ("one, renormalised", 1, True)):
+    for name, active, normalised in (("two, renormalized", 2, True), ("two, as they are", 2, False),
+                                     ("one, renormalized", 1, True)):
         scores = torch.tensor([1.0, 0.0, 1.2, -1.0], requires_grad=True)
         kept = []
         for _ in range(steps + 1):
