@@ -8,11 +8,9 @@ import json
 import sys
 from pathlib import Path
 
-from . import lesson_qwen3
-from .drawings import DRAW as DRAW_SHARED
+from . import drawings, lesson_qwen3, lesson_qwen3_moe
 
-DRAW = DRAW_SHARED | lesson_qwen3.DRAW
-
+DRAW = drawings.DRAW | lesson_qwen3.DRAW | lesson_qwen3_moe.DRAW
 FOLDER = Path(__file__).parent / "pictures"
 NUMBERS = FOLDER / "numbers.json"
 LARGEST = 60_000  # bytes of a picture
