@@ -116,6 +116,7 @@ def distribution(sampler: Sampler, logits: Tensor, number: int) -> Tensor:
 
 
 def draw(probabilities: Tensor, generator: torch.Generator) -> int:
+    """One id by its probability, (V,) or (1, V); they need not add up to 1."""
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
