@@ -82,7 +82,7 @@ class Transformer(nn.Module):
         return x
 
     def zero_from_the_draft_layer(self, token_ids: Tensor, hidden: Tensor) -> Tensor:
-        """0, with zero gradients for the draft layer, since DDP waits for one of every weight. (B, T), (B, T, D) -> ()."""
+        """0, with zero gradients for the draft layer: DDP waits for one of every weight. (B, T), (B, T, D) -> ()."""
         return self.predict_second(token_ids[:1, :1], hidden[:1, :1])[:, :0].sum()
 
     def predict_second(self, token_ids: Tensor, hidden: Tensor, cache: KVCache | None = None) -> Tensor:

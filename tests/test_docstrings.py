@@ -88,7 +88,7 @@ def says_an_error(text: str) -> bool:
 
 
 def silent(source: str) -> list[str]:
-    """Functions that raise ValueError or FileNotFoundError and do not say so; nor do their class or all their callers."""
+    """Functions that raise ValueError or FileNotFoundError, and neither they say so, nor their class or all callers."""
     every = list(definitions(source, hidden=True))
     functions = [one for one in every if isinstance(one.node, ast.FunctionDef)]
     said = {one.node.name for one in functions if says_an_error(one.text)}
@@ -117,7 +117,7 @@ def unclear_first_lines(source: str) -> list[str]:
 
 
 def in_tables(source: str) -> set[str]:
-    """Functions in a table at the top level, {"name": function, …}: they are of one kind, and the table says of which."""
+    """Functions in a table at the top level, {"name": function, …}: they are of one kind, and the table says which."""
     values = [value for node in ast.parse(source).body if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value
               for inner in ast.walk(node.value) if isinstance(inner, ast.Dict) for value in inner.values]
     return {name.id for value in values for name in ast.walk(value) if isinstance(name, ast.Name)}

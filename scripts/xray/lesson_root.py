@@ -8,7 +8,8 @@ def draw_sum(numbers: dict) -> str:
     terminal(picture, numbers)
     (layer, *_), *_ = numbers["looked"]
     tokens, wrote, size, y = numbers["tokens"], numbers["wrote"], 46, 262
-    picture.text(24, 186, f"Inside, as it writes the {wrote}: three heads of layer {layer} look back, each at one digit", "head")
+    words = f"Inside, as it writes the {wrote}: three heads of layer {layer} look back, each at one digit"
+    picture.text(24, 186, words, "head")
     end = len(tokens) - 1
     picture.text(24, y + 20, "it has read", "soft")
     for i, token in enumerate(tokens):
@@ -43,9 +44,9 @@ def draw_sum(numbers: dict) -> str:
     picture.text(24, 364, "numbers of a real run of the embedded Qwen3-Tiny, as scripts.xray shows them", "soft")
     rise = ", ".join(percent(chance) for chance in chances)
     return picture.svg("A sum in the terminal, and inside of the model", (
-        f"Asked “{numbers['question']}”, Qwen3-Tiny writes: {' '.join(numbers['thought'])} {numbers['answer']}. When it "
-        f"writes the {wrote}, three heads look most at three digits: {'; '.join(said)}. The chance of {wrote} after each "
-        f"layer: {rise}."))
+        f"Asked “{numbers['question']}”, Qwen3-Tiny writes: {' '.join(numbers['thought'])} {numbers['answer']}. "
+        f"When it writes the {wrote}, three heads look most at three digits: {'; '.join(said)}. The chance of {wrote} "
+        f"after each layer: {rise}."))
 
 
 def terminal(picture: Shaded, numbers: dict) -> None:
