@@ -117,10 +117,9 @@ def unclear_first_lines(source: str) -> list[str]:
 
 
 def in_tables(source: str) -> set[str]:
-    """Functions in a table at the top level, {"name": function, …}: they are of one kind, and the table says which."""
-    values = [value for node in ast.parse(source).body if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value
-              for inner in ast.walk(node.value) if isinstance(inner, ast.Dict) for value in inner.values]
-    return {name.id for value in values for name in ast.walk(value) if isinstance(name, ast.Name)}
+    """Functions in a table or record at the top level, {"name": function, …} or Check(function, …): its name says what."""
+    values = [node.value for node in ast.parse(source).body if isinstance(node, (ast.Assign, ast.AnnAssign))]
+    return {name.id for value in values if value for name in ast.walk(value) if isinstance(name, ast.Name)}
 
 
 def long_and_undocumented(source: str) -> list[str]:
@@ -190,5 +189,7 @@ def test_outside_of_the_lesson_short_ones_and_tables_speak_for_themselves():
     long = "".join(f"    x = {i}\n" for i in range(SHORT))
     assert long_and_undocumented("def f():\n" + long) == ["f"]
     assert long_and_undocumented("def f():\n" + long + "TABLE = {'f': f}") == []
+    assert long_and_undocumented("def f():\n" + long + "CHECK = Check(f, 1)") == []
+    assert long_and_undocumented("def f():\n" + long + "def g():\n    f()") == ["f"]
     assert long_and_undocumented("def main():\n" + long) == long_and_undocumented("def f():\n    return 1") == []
     assert long_and_undocumented("class A:\n    x = 1") == ["A"]
