@@ -117,7 +117,7 @@ def unclear_first_lines(source: str) -> list[str]:
 
 
 def in_tables(source: str) -> set[str]:
-    """Functions in a table or record at the top level, {"name": function, …} or Check(function, …): its name says what."""
+    """Functions in a table or record at the top level, {"name": function, …} or Check(function, …): that names them."""
     values = [node.value for node in ast.parse(source).body if isinstance(node, (ast.Assign, ast.AnnAssign))]
     return {name.id for value in values if value for name in ast.walk(value) if isinstance(name, ast.Name)}
 
