@@ -34,6 +34,7 @@ DEFAULT_PROMPT = "What is MLA?"
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The flags of all three packages (engine/arguments.py), and two of this package."""
     parser = Parser("a DeepSeek-V3 checkpoint", DEFAULT, EMBEDDED, DEFAULT_PROMPT)
     parser.add_argument("--speculative", action="store_true",
                         help="the same text in fewer steps, where the checkpoint can draft tokens")
@@ -77,6 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The program: what is typed after its name (None: sys.argv) -> the exit code."""
     return terminal.exit_code(lambda: run(parse_arguments(arguments)))
 
 

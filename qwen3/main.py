@@ -31,6 +31,7 @@ DEFAULT_PROMPT = "What is RoPE?"
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The flags of all three packages (engine/arguments.py)."""
     return Parser("a dense Qwen3 checkpoint", DEFAULT, EMBEDDED, DEFAULT_PROMPT).parse_args(arguments)
 
 
@@ -63,6 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The program: what is typed after its name (None: sys.argv) -> the exit code."""
     return terminal.exit_code(lambda: run(parse_arguments(arguments)))
 
 

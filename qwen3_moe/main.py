@@ -32,6 +32,7 @@ DEFAULT_PROMPT = "What is a router?"
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The flags of all three packages (engine/arguments.py), and one of this package."""
     parser = Parser("a Qwen3-MoE checkpoint", DEFAULT, EMBEDDED, DEFAULT_PROMPT)
     parser.add_argument("--show-experts", action="store_true", help="at the end, a picture of which experts worked")
     return parser.parse_args(arguments)
@@ -68,6 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The program: what is typed after its name (None: sys.argv) -> the exit code."""
     return terminal.exit_code(lambda: run(parse_arguments(arguments)))
 
 

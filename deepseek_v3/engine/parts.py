@@ -18,6 +18,8 @@ KEPT_IN_FLOAT32 = ("e_score_correction_bias",)  # stay float32 whatever the othe
 
 
 class FusedAttention(Attention):
+    """Attention whose softmax(q k^T) v is one kernel, with the parameters of Attention."""
+
     def sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         if k.shape[1] == 1 < q.shape[1] and len(q) == 1:
             return attention_on_latents(q, k, v, mask, self.scale)

@@ -16,6 +16,8 @@ KEPT_IN_FLOAT32 = ()  # stay float32 whatever the others are, by the last part o
 
 
 class FusedAttention(Attention):
+    """Attention whose softmax(q k^T) v is one kernel, with the parameters of Attention."""
+
     def sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         if q.device.type == "mps":  # some versions of PyTorch leak future tokens there, or return NaN
             return super().sdpa(q, k, v, mask)

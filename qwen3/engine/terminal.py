@@ -147,6 +147,7 @@ class Questions:
                     raise
 
     def read_lines(self) -> str:
+        """A line, and all that was pasted with it, up to a line that stands alone."""
         self.text, self.ahead = self.ahead, ""
         if not self.text:
             self.text = self.line(self.prompt)
@@ -169,6 +170,7 @@ class Questions:
             return False
 
     def line(self, prompt: str) -> str:
+        """One line from the terminal or a pipe. Raises EOFError at the end."""
         if self.typed and not is_terminal(sys.stdout):
             note(prompt, end="")
             prompt = ""

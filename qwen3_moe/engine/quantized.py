@@ -67,6 +67,7 @@ class FP8Linear(QuantizedLinear):
     @staticmethod
     def stored(files: CheckpointFiles, name: str, shape: tuple[int, int],
                config: Config) -> dict[str, tuple[int, ...]] | None:
+        """As QuantizedLinear.stored, for FP8 with a scale for each block, row or tensor. Raises ValueError."""
         weight, scale = (files.tensors.get(f"{name}.{leaf}") for leaf in ("weight", "weight_scale_inv"))
         if weight is None or weight.dtype != FP8:
             return None

@@ -21,6 +21,7 @@ def bytes_in_memory(directory: str | Path, dtype: torch.dtype | str | None = Non
 
 
 def count_bytes(config: Config, files: CheckpointFiles, dtype: torch.dtype | str | None, active: bool) -> int:
+    """`bytes_in_memory` of files that are open already."""
     compute, dense, experts = compute_dtype(config, files, dtype), 0, 0
     for name, (_, shape, stored, *_) in files.tensors.items():
         is_scale = name.endswith("_scale_inv")

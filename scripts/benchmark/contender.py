@@ -45,6 +45,8 @@ class Peak:
 
 
 class Ours:
+    """A package of this project as a program to be measured; `without` leaves a trick out."""
+
     def __init__(self, folder: str, device: str, package: str, without: str | None = None, compiled: bool = False):
         if without:
             from .tricks import leave_out
@@ -109,6 +111,7 @@ class Transformers:
             token, cache = self.step(token, cache)
 
     def token_times(self, context: int, count: int) -> list[float]:
+        """As Ours.token_times, in seconds."""
         _, probe = self.step(torch.ones(1, 1, dtype=torch.int64, device=self.device))
         cache = type(probe)(config=self.model.config)
         for layer, one in enumerate(probe.layers):
@@ -128,6 +131,7 @@ def median(times: list[float]) -> float:
 
 
 def work(program, task: dict) -> dict:
+    """One task of one program -> what was measured: seconds, bytes or ids."""
     seeded = torch.Generator().manual_seed(0)
     prompt = torch.randint(program.vocabulary, (task["context"] or 1,), generator=seeded).tolist()
     if task["do"] == "ids":

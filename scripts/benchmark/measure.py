@@ -103,6 +103,7 @@ def say_what_fits(arguments: argparse.Namespace, name: str, work: Work, room: in
 
 
 def measure(arguments: argparse.Namespace) -> None:
+    """What the command line asks for, measured and printed. Raises ValueError for what cannot be measured."""
     if arguments.shape == "list":
         return print("\n".join(shapes.published()))
     if arguments.rounds < 1:

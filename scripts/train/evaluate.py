@@ -137,6 +137,7 @@ def least_used_expert(examinee: Examinee, asked: list[str]) -> dict[str, float]:
 
 
 def accepted_drafts(examinee: Examinee, asked: list[str]) -> dict[str, float]:
+    """What -> the share of drafts that were kept, with thinking and without; {} for other packages."""
     if examinee.package != "deepseek_v3":
         return {}
     shares = {}

@@ -116,6 +116,7 @@ def measure_drafting() -> dict:
 
 
 def drafted_run(seed: int) -> tuple[list[dict], list[str]]:
+    """A speculative run: its steps (slots, what was read, whether the draft was kept) and its tokens as text."""
     own, rest = parse(["-m", "DeepSeek-V3-Tiny", "-p", GLOSSARY, "--dtype", "float32", "--speculative",
                        "-t", "3", "-n", "24", "--seed", str(seed)])
     program = Program(own, rest)
