@@ -7,6 +7,7 @@ import torch
 from qwen3.layers import attention_mask
 
 from .__main__ import parse
+from .measure_deepseek_v3 import MEASURE as OF_DEEPSEEK_V3
 from .pack import Words, small_numbers, visible
 from .run import Program, one_run, record
 from .terminal import shares
@@ -156,4 +157,4 @@ def measure_mask() -> dict:
 
 
 MEASURE = {"attention": measure_attention, "lens": measure_lens, "clocks": measure_clocks, "yarn": measure_yarn,
-           "experts": measure_experts, "cache": measure_cache, "drafting": measure_drafting, "mask": measure_mask}
+           "experts": measure_experts, "cache": measure_cache, "drafting": measure_drafting, "mask": measure_mask} | OF_DEEPSEEK_V3

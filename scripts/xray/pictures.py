@@ -8,7 +8,10 @@ import json
 import sys
 from pathlib import Path
 
-from .drawings import DRAW
+from .drawings import DRAW as OF_XRAY
+from .lesson_deepseek_v3 import DRAW as OF_DEEPSEEK_V3
+
+DRAW = OF_XRAY | OF_DEEPSEEK_V3
 
 FOLDER = Path(__file__).parent / "pictures"
 NUMBERS = FOLDER / "numbers.json"
