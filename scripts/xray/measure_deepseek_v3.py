@@ -91,7 +91,7 @@ def measure_bias_and_groups() -> dict:
         plain = gate(x)[1]
     return {"layer": layer, "token": words(tokenizer, ids)[at], "groups": gate.n_group, "best": gate.topk_group,
             "scores": [round(s, 3) for s in scores.tolist()], "bias": [round(b, 3) for b in bias.tolist()],
-            "chosen": chosen[0].tolist(), "weights": [round(w, 3) for w in weights[0].tolist()],
+            "chosen": chosen[0].tolist(), "weights": [round(w, 4) for w in weights[0].tolist()],
             "without_bias": plain[0].tolist()}
 
 
