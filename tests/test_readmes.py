@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Without folders whose name begins with a dot: pytest keeps a README of its own in .pytest_cache.
 READMES = [path.relative_to(ROOT) for path in [
-    ROOT / "README.md", *sorted(ROOT.glob("[!.]*/README.md")), *sorted(ROOT.glob("scripts/*/README.md"))]]
+    ROOT / "README.md", *sorted(ROOT.glob("[!.]*/README.md")), *sorted(ROOT.glob("scripts/*/README.md")),
+    *sorted(ROOT.glob("[!.]*/REFERENCE.md"))]]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 
 

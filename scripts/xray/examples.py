@@ -157,4 +157,5 @@ def measure_mask() -> dict:
 
 
 MEASURE = {"attention": measure_attention, "lens": measure_lens, "clocks": measure_clocks, "yarn": measure_yarn,
-           "experts": measure_experts, "cache": measure_cache, "drafting": measure_drafting, "mask": measure_mask} | OF_DEEPSEEK_V3
+           "experts": measure_experts, "cache": measure_cache, "drafting": measure_drafting,
+           "mask": measure_mask} | OF_DEEPSEEK_V3
