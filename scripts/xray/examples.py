@@ -6,7 +6,7 @@ import torch
 
 from qwen3.layers import attention_mask
 
-from . import measure_qwen3, measure_qwen3_moe
+from . import measure_deepseek_v3, measure_qwen3, measure_qwen3_moe
 from .__main__ import parse
 from .pack import Words, small_numbers, visible
 from .run import Program, one_run, record
@@ -159,4 +159,4 @@ def measure_mask() -> dict:
 
 MEASURE = {"attention": measure_attention, "lens": measure_lens, "clocks": measure_clocks, "yarn": measure_yarn,
            "experts": measure_experts, "cache": measure_cache, "drafting": measure_drafting, "mask": measure_mask}
-MEASURE |= measure_qwen3.MEASURE | measure_qwen3_moe.MEASURE
+MEASURE |= measure_qwen3.MEASURE | measure_qwen3_moe.MEASURE | measure_deepseek_v3.MEASURE

@@ -8,9 +8,10 @@ import json
 import sys
 from pathlib import Path
 
-from . import drawings, lesson_qwen3, lesson_qwen3_moe, lesson_root
+from . import drawings, lesson_deepseek_v3, lesson_qwen3, lesson_qwen3_moe, lesson_root
 
-DRAW = drawings.DRAW | lesson_qwen3.DRAW | lesson_qwen3_moe.DRAW | lesson_root.DRAW
+DRAW = (drawings.DRAW | lesson_qwen3.DRAW | lesson_qwen3_moe.DRAW | lesson_deepseek_v3.DRAW
+        | lesson_root.DRAW)
 FOLDER = Path(__file__).parent / "pictures"
 NUMBERS = FOLDER / "numbers.json"
 LARGEST = 60_000  # bytes of a picture
