@@ -28,7 +28,7 @@ EXPERIMENTS = {
                      "begins well and ends in a tangle"),
     "no norm of queries": ("rms_norm(q, w(\"self_attn.q_norm\"))", "q", RIGHT, "on the queries it stays right"),
     "no norm of keys": ("rms_norm(k, w(\"self_attn.k_norm\"))", "k", "I do what it may be.", "I do what it may be."),
-    "1000 further": ("torch.arange(T)[:, None]", "(1000 + torch.arange(T))[:, None]", RIGHT, "only distances count"),
+    "1000 further": ("first + torch.arange(T)", "1000 + torch.arange(T)", RIGHT, "only distances count"),
     "no turning": ("", "\nrotate = lambda x, cos, sin: x\n", "RoPE turns pairs of values in theta is theta is theta",
                    "in theta is theta is theta"),
     "neighbors": ("", "\n" + NEIGHBORS, "I do not know that.", "Neighbors: \"I do not know that.\""),
@@ -53,6 +53,24 @@ def test_an_experiment_ends_as_the_page_says(name, monkeypatch):
     assert found == begins if begins == RIGHT else found.startswith(begins)
     assert found != RIGHT or begins == RIGHT
     assert said in " ".join(PAGE.split())
+
+
+@pytest.mark.parametrize("off, begins", [([1], RIGHT), ([2], RIGHT), ([1, 2], "Read the most size of weights")])
+def test_looking_is_not_causing(off, begins, monkeypatch):
+    """Heads of layer 3 give nothing; which layer it is, the counter says."""
+    monkeypatch.chdir(ROOT)
+    before = "    return (scores.softmax(-1) @ v)"
+    after = f"""    out = scores.softmax(-1) @ v
+    calls.append(0)
+    if len(calls) % 5 == 4:
+        out[{off}] = 0
+    return out"""
+    code = BLOCKS[0].replace(before, after)
+    assert code != BLOCKS[0] and "and it begins \"Read the most size of weights\"" in " ".join(PAGE.split())
+    namespace: dict = {"calls": []}
+    exec(code + BLOCKS[1].replace("assert ", "assert True or ").replace("print(answer())", ""), namespace)
+    namespace["calls"].clear()
+    assert namespace["answer"](24).startswith(begins)
 
 
 def test_without_the_gate_it_is_noise(monkeypatch):
