@@ -261,8 +261,8 @@ TRANSFORMER = Check(transformer_cases, run_transformer, wrong_transformer, [
     ({"start": 1}, "the positions begin at 1: the first token of a text has position 0"),
     ({"mask": "none"}, "the mask is not the causal one of attention_mask"),
     ({"moved": "never"}, "cache.length stays: the next tokens would overwrite these, so it grows by T at the end"),
-    ({"moved": "before"}, "cache.length grows before the layers have written: move that to the end"),
-    ({"moved": "each"}, "cache.length grows in each layer: once, after all have written"),
+    ({"moved": "before"}, "cache.length grows before all layers have written: once, after the loop"),
+    ({"moved": "each"}, "cache.length grows before all layers have written: once, after the loop"),
     ({"moved": "by one"}, "cache.length grows by 1: it grows by T, the number of new tokens"),
     ({"moved": "set"}, "cache.length is set to T: it grows by T"),
     ({"norm": "never"}, "the final norm is missing: return self.norm(x)"),
@@ -429,10 +429,11 @@ def sampling_cases() -> list[Case]:
                  (1.3, None, None, 0.2, ("with min_p alone",)), (0.8, None, 0.9, 0.3, ("with top_p and min_p",)),
                  (1.0, 0, 1.0, 0.0, ("with rules switched off by 0 or 1",)),
                  (1.0, 20, 0.6, None, ("with top_k larger than V",)), (1.0, None, 0.05, None, ("with a small top_p",)),
-                 (1.0, 1, None, None, ("with top_k 1",)),
-                 (1e-30, None, None, None, ("with a tiny temperature",)))]
+                 (1.0, 1, None, None, ("with top_k 1",)))]
     low = torch.tensor(LOGITS, dtype=torch.bfloat16)
-    return [*cases, Case({"_logits": low, "temperature": 0.9, "top_k": 3, "top_p": 0.95, "min_p": None},
+    return [*cases, Case({"_logits": 100 * torch.tensor(LOGITS), "temperature": 1e-37, "top_k": None, "top_p": None,
+                          "min_p": None}, ("with a tiny temperature",)),
+            Case({"_logits": low, "temperature": 0.9, "top_k": 3, "top_p": 0.95, "min_p": None},
                          ("for bfloat16 logits",))]
 
 
@@ -450,7 +451,7 @@ def spread(result: object, V: int = 7) -> object:
 def wrong_sampling(i: SimpleNamespace, temperature="divides", k="right", p="right", m="right", order="kp",
                    again=False, ids="right", softmax="last", dtype="float32", shift=True) -> object:
     x = i._logits if dtype == "own" else i._logits.float()
-    t = max(i.temperature, 1e-30)
+    t = i.temperature
     if shift:
         x = x - x.max(-1, keepdim=True).values
     late = temperature == "late"
@@ -537,7 +538,7 @@ def explain_sampling(a: object, b: object, case: Case) -> str | None:
                       if case.inputs[name] is not None)
     if not torch.equal(kept, wanted):
         p = [f"{value:.2f}" for value in torch.softmax(case.inputs["_logits"][row].float() /
-                                                       max(case.inputs["temperature"], 1e-30), -1).tolist()]
+                                                       case.inputs["temperature"], -1).tolist()]
         return (f"with {rules} the tokens {kept.nonzero().flatten().tolist()} stay, right are "
                 f"{wanted.nonzero().flatten().tolist()} (probabilities before the cuts: {' '.join(p)})")
     place = (a[row] - b[row]).abs().argmax()
@@ -673,12 +674,7 @@ def wrong_generate(i: SimpleNamespace, stop="before", feed="new", last=False, ch
             for count in range(1, i._max + 1 + more):
                 if finite:
                     real_generate.check_finite(logits, count)
-                if choose == "sampler":
-                    token = sampler(logits)
-                elif choose == "argmax":
-                    token = logits.argmax(-1)
-                else:
-                    token = real_generate.sample(logits)
+                token = sampler(logits) if choose == "sampler" else logits.argmax(-1)
                 stopped = int(token) in i._stop
                 if stop == "before" and stopped:
                     break
@@ -688,8 +684,6 @@ def wrong_generate(i: SimpleNamespace, stop="before", feed="new", last=False, ch
                     yield int(token)
                 if stop == "after" and stopped:
                     break
-                if stop == "never" or not stopped or stop == "skipped":
-                    pass
                 if last or count < i._max + more:
                     if refill:
                         cache.length = 0
@@ -729,7 +723,6 @@ GENERATE = Check(generate_cases, run_generate, wrong_generate, [
     ({"feed": "nothing"}, "the new token is never fed back: logits = step(model, token, cache)"),
     ({"feed": "prompt"}, "the last token of the prompt is fed again: feed the new token"),
     ({"choose": "argmax"}, "the likeliest token is taken, whatever the temperature: token = sampler(logits)"),
-    ({"choose": "sample"}, "the settings are not used: token = sampler(logits)"),
     ({"more": 1}, "one token too many: max_new_tokens is the most that come"),
     ({"more": -1}, "one token too few: count runs from 1 to max_new_tokens"),
     ({"finite": False}, "check_finite(logits, count) is missing: NaN would be sampled"),

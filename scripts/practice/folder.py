@@ -14,7 +14,7 @@ import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .exercises import COMMAND, EXTRA, ROOT, Exercise, find, of, reading, region, source_path
+from .exercises import COMMAND, EXTRA, ROOT, Exercise, bound, find, of, reading, region, source_path
 
 WIDTH = 118
 
@@ -165,3 +165,29 @@ class State:
         new = self.path.with_suffix(".new")
         new.write_text(json.dumps({"hints": self.hints, "right": self.right}, indent=1) + "\n", encoding="utf-8")
         new.replace(self.path)
+
+
+def changed_elsewhere(package: str, folder: Path) -> list[str]:
+    """Parts of the package, outside of the exercises, that are not as they were: "layers.py: new_weight"."""
+    found = []
+    for name, text in files_of(package).items():
+        try:
+            mine = parts(ast.parse((folder / name).read_text("utf-8-sig")))
+        except (OSError, SyntaxError, ValueError):
+            found.append(name)
+            continue
+        targets = {exercise.target for exercise in of(package).values() if exercise.file == name}
+        found += [f"{name}: {part}" for part, dump in parts(ast.parse(text)).items()
+                  if part not in targets and mine.get(part) != dump]
+    return found
+
+
+def parts(tree: ast.Module) -> dict[str, str]:
+    """Functions, methods and other named statements of a file, by name."""
+    every = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            every |= {f"{node.name}.{name}": ast.dump(part) for part in node.body for name in bound(part)}
+        else:
+            every |= {name: ast.dump(node) for name in bound(node)}
+    return every

@@ -111,8 +111,8 @@ TASKS = (
     Exercise("top_k_top_p", "generate.py", "top_k_top_p", "hard", 30,
              "The three rules of the docstring, one after the other. top_k None or 0, top_p None or 1, min_p None or 0 "
              "switch a rule off; top_k may be larger than V. Candidates that a rule drops have probability 0 or are "
-             "absent; those that stay keep the probability that the softmax (over the top_k) gave them. float32. A "
-             "temperature of 1e-30 may not overflow: subtract the largest logit first.",
+             "absent; those that stay keep the probability that the softmax (over the top_k) gave them. float32. With "
+             "a tiny temperature, such as 1e-37, nothing may overflow: subtract the largest logit first.",
              ("Scale, cut to top_k, softmax, then cut by top_p, then by min_p. `topk` sorts: that is what top_p needs "
               "too, so with top_p alone take all V.",
               "top_p: cumsum of the sorted probabilities, minus the probability itself, is what all likelier tokens "
