@@ -54,10 +54,7 @@ def wrong_layer(i: SimpleNamespace, first="pre", second="pre", reads="x", norms=
         n1 = n2
 
     def attend(y: Tensor) -> Tensor:
-        S = i._mask.shape[-1]
         seen = i._mask if mask else torch.ones_like(i._mask)
-        if not cached:
-            seen = seen[..., S - y.shape[1]:]
         return layer.self_attn(y, i._cos, i._sin, seen, cache if cached else None)
 
     def step(x: Tensor, part, norm, how: str) -> Tensor:
@@ -518,7 +515,8 @@ def explain_sampling(a: object, b: object, case: Case) -> str | None:
         if a[0].dtype == torch.int64 and a[1].is_floating_point():
             return "the results are exchanged: probabilities first, then ids"
         if a[0].shape != a[1].shape:
-            return f"probabilities {tuple(a[0].shape)} and ids {tuple(a[1].shape)} must have one shape, (B, C)"
+            return f"probabilities {tuple(a[0].shape)} and ids {tuple(a[1].shape)} must have one shape, (B, C): topk " \
+                   "returns the ids that belong to its values"
         return f"probabilities are {str(a[0].dtype)[6:]} and ids {str(a[1].dtype)[6:]} of shape {tuple(a[0].shape)}: " \
                "wanted are float32 and ids of the vocabulary, (B, C) each"
     if not isinstance(a, Tensor):

@@ -324,6 +324,8 @@ BLOCK = Check(block_cases, lambda module, i: block_of(module, i)(i.x), wrong_blo
     "has no attribute 'unique'": "self.experts wants tokens, weights and topk_ids: *self.gate(tokens) are the last two",
     "missing 1 required positional argument: 'topk_ids'": "self.experts wants tokens, weights and topk_ids: "
                                                           "*self.gate(tokens) are the last two",
+    "has no attribute 'shared_expert_gate'": "self.shared_expert is None where the config has none, and then there is "
+                                             "no gate either",
     "'NoneType' object is not callable": "self.shared_expert is None where the config has none"})
 
 

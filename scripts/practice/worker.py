@@ -119,8 +119,9 @@ def answer_of(name: str, checkpoint: Path) -> str:
     tokenizer = part["tokenizer"].Tokenizer.from_checkpoint(checkpoint)
     config = part["config"].Config.from_checkpoint(checkpoint)
     model = part["weights"].load_model(checkpoint, dtype="float32", engine=False)
+    more = {"speculative": True} if hasattr(config, "num_nextn_predict_layers") else {}  # drafts are exercises too
     ids = part["generate"].generate(model, tokenizer.chat([{"role": "user", "content": QUESTION}], thinking=False),
-                                    max_new_tokens=100, stop_ids=config.eos_token_id)
+                                    max_new_tokens=100, stop_ids=config.eos_token_id, **more)
     return tokenizer.decode(ids).strip()
 
 
