@@ -4,8 +4,10 @@ The wrong answers are pieces of the real body with something changed, or bodies 
 """
 
 import ast
+import importlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +16,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from scripts.practice import __main__ as command
-from scripts.practice import exercises, folder, graft, process, worker
+from scripts.practice import exercises, folder, graft, judge, process, worker
+from scripts.train import balance
 
 ROOT = Path(__file__).parents[1]
 ALL = [(package, name) for package in exercises.PACKAGES for name in exercises.of(package)]
-BROKEN = "…"  # in a wrong answer: the rest of the real body
 
 # (package, exercise) -> [(words of the verdict, what stands in the real body, what stands there instead)]; a text alone
 # instead of the two is a whole body.
@@ -43,11 +46,11 @@ WRONG = {
         ("the square root is missing", "torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)",
          "1 / (x32.square().mean(-1, keepdim=True) + self.eps)"),
         ("the squares overflow", "x32 = x.float()", "x32 = x"),
-        ("returns float32 for x in bfloat16", "x32.to(x.dtype)", "x32"),
+        ("returns float32 for x in float16", "x32.to(x.dtype)", "x32"),
         ("1e-6 is written into the code", "self.eps", "1e-6"),
         ("returns nothing", "return ", ""),
         ("it changes x", "x /= x.square().mean(-1, keepdim=True).sqrt()\nreturn self.weight * x"),
-        ("no gradient flows", "x.float()", "x.detach().float()"),
+        ("the gradient for x is not", "x.float()", "x.detach().float()"),
         ("self.eps is added after the root: it belongs inside, to the mean square; and the mean runs over the tokens",
          "x = x.float()\nreturn self.weight * (x / (x.square().mean(-2, keepdim=True).sqrt() + self.eps)).to("
          "self.weight.dtype)"),
@@ -109,7 +112,7 @@ WRONG = {
         ("the first token after the padding is hidden", "key >= padding", "key > padding"),
         ("its softmax is NaN", "(mask | (key == query))", "mask"),
         ("the heads need an axis", "[:, None]  # (B, 1, T, S)", ""),
-        ("0 and -inf", "return mask", "return torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)"),
+        ("wanted is bool", "return mask", "return torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)"),
         ("made on the CPU, whatever", "device=device", "device='cpu'"),
         ("which comes later", "key <= query", "key <= query + 1"),
         ("mask is inverted", "return mask", "return ~mask"),
@@ -208,7 +211,7 @@ WRONG = {
         ("the whole capacity", "[tensor[layer, :, :, :end]", "[tensor[layer]"),
         ("self.length is moved on", "return", "self.length = end\n        return"),
         ("use `layer`", "tensor[layer, :, :, self.length", "tensor[0, :, :, self.length", "[tensor[layer", "[tensor[0"),
-        ("raise no ValueError|do not fit", "raise ValueError(", "str("),
+        ("beyond self.capacity, raise ValueError", "raise ValueError(", "str("),
         ("copies are returned", ":end] for", ":end].clone() for"),
         ("hand out views|torch.cat", "return [torch.cat((tensor[layer, :, :, :self.length], part), 2) "
          "for tensor, part in zip(self.tensors, new)]"),
@@ -229,7 +232,8 @@ WRONG = {
         ("results are exchanged", "return probabilities, ids", "return ids, probabilities"),
         ("float32", "logits.float(), ", "logits, "),
         ("may be larger than V", "min(top_k or logits.shape[-1], logits.shape[-1])", "top_k or logits.shape[-1]"),
-        ("a tiny temperature gives NaN", "(logits - logits.max(-1, keepdim=True).values)", "logits"),
+        ("a tiny temperature gives NaN", "(logits - logits.max(-1, keepdim=True).values) / max(temperature, 1e-30)",
+         "logits / temperature"),
         ("the sum for top_p runs in the order of the ids", "if top_k or top_p < 1:", "if top_k:"),
         ("None switches|cannot be compared", "top_p = 1 if top_p is None else top_p", "pass"),
     ],
@@ -289,14 +293,14 @@ WRONG = {
         ("expert 0 runs 7 times for 7 tokens", "y = x * 0\nfor t in range(len(x)):\n"
          "    for a in range(topk_ids.shape[1]):\n        y[t] += weights[t, a] * self[int(topk_ids[t, a])](x[t:t + 1])[0]\n"
          "return y"),
-        ("the last choice alone", "y = torch.zeros_like(x)\nfor e in topk_ids.unique().tolist():\n"
+        ("so that one choice alone counts", "y = torch.zeros_like(x)\nfor e in topk_ids.unique().tolist():\n"
          "    token, place = (topk_ids == e).nonzero(as_tuple=True)\n    results = self[e](x[token])\n"
          "    y[token] = results * weights[token, place][:, None]\nreturn y"),
         ("weight of the first choice", "y = torch.zeros_like(x)\nfor e in topk_ids.unique().tolist():\n"
          "    token, place = (topk_ids == e).nonzero(as_tuple=True)\n"
          "    y[token] += self[e](x[token]) * weights[token, 0][:, None]\nreturn y"),
         ("only the first choice", "token, place = (topk_ids == e)", "token, place = (topk_ids[:, :1] == e)"),
-        ("line", "combine(results, weights)", "combine(results, topk_ids[0])"),
+        ("weights of token 0", "combine(results, weights)", "combine(results, weights[:1])"),
         ("which no token chose", "if torch.is_grad_enabled():", "if True:"),
     ],
     ("qwen3_moe", "moe_block"): [
@@ -608,14 +612,358 @@ def test_solutions_are_right_and_stubs_are_not_written(package, name, tmp_path):
         assert judged(package, name, with_body(package, name, body), tmp_path) == {"state": "right", "text": ""}, body
 
 
-@pytest.mark.parametrize("package, name", ALL)
-def test_usual_mistakes_are_told_in_their_own_words(package, name, tmp_path):
-    assert len(WRONG[package, name]) >= 5
+def untold(package: str, name: str, wrong: list[tuple], path: Path) -> list[tuple]:
+    """Wrong answers whose verdict is not in the right words."""
     missed = []
-    for words, *changes in WRONG[package, name]:
+    for words, *changes in wrong:
         text = with_body(package, name, *changes) if len(changes) == 1 else with_changes(package, name, *changes)
-        found = judged(package, name, text, tmp_path)
+        found = judged(package, name, text, path)
         told = any(one in found["text"] for one in words.split("|"))
         if found["state"] != "wrong" or len(found["text"]) >= 300 or not told:
             missed.append((words, found))
-    assert not missed
+    return missed
+
+
+@pytest.mark.parametrize("package, name", ALL)
+def test_usual_mistakes_are_told_in_their_own_words(package, name, tmp_path):
+    assert len(WRONG[package, name]) >= 5
+    assert untold(package, name, WRONG[package, name][:5], tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package, name", ALL)
+def test_more_mistakes_are_told_in_their_own_words(package, name, tmp_path):
+    assert untold(package, name, WRONG[package, name][5:], tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", exercises.PACKAGES)
+def test_the_usual_mistakes_are_written_out_rightly(package):
+    """Without an option the right result; with one a wrong one, which is told by the sentence of that option."""
+    for name, check in importlib.import_module(f"scripts.practice.{worker.CHECKS[package]}").CHECKS.items():
+        module = graft.real_module(package, exercises.of(package)[name].file)
+        cases = check.cases()
+
+        def results(run) -> list:
+            with torch.no_grad():
+                return [judge.attempt(lambda: run(case.copy())) for case in cases]
+
+        wanted = results(check.wanted or (lambda i: check.run(module, i)))
+        assert [judge.agrees(check, *pair) for pair in zip(results(check.wrong), wanted, cases)] == [True] * len(cases)
+        for options, sentence in check.mistakes:
+            given = results(lambda i: check.wrong(i, **options))
+            assert not all(judge.agrees(check, *pair) for pair in zip(given, wanted, cases)), (name, options)
+            assert judge.usual_mistake(check, cases, given, wanted) == sentence, (name, options)
+            assert len(sentence) < 240
+
+
+# --- what a learner's file may be ---
+
+RMS = ("qwen3", "rms_norm")
+
+
+def test_a_learners_file_is_one_sentence_whatever_it_is(tmp_path):
+    source, *_ = real(*RMS)
+    changed = with_changes(*RMS, "x32 = x.float()", "x32 = x.float()\n        {}")
+    line = real(*RMS)[1] + 3
+    for text, wanted in (
+            (source.replace("def new_weight(", "def new_weight(:"), "layers.py, line 38: Python cannot read this line"),
+            (source.replace("class RMSNorm(nn.Module)", "class Norm(nn.Module)"),
+             "the forward of class RMSNorm is gone; uv run python -m scripts.practice qwen3 --again rms_norm"),
+            ("import no_such_module\n" + source, "layers.py, line 1: ModuleNotFoundError: No module named"),
+            (source + "\nx = 1 / 0\n", "layers.py, line 225: ZeroDivisionError"),
+            (source.replace("def forward(self, x: Tensor) -> Tensor:\n        # In", "def forward(self, y):\n        # In"),
+             "line 30: the parameters of forward must stay (self, x), they are (self, y)"),
+            (changed.format("exit()"), f"layers.py, line {line}: it ends the program (exit)"),
+            (changed.format("breakpoint"), "right"),
+            (changed.format("self.forward(x)"), f"layers.py, line {line - 1}: it calls itself without an end|line "
+                                                f"{line}: it calls itself without an end"),
+            (changed.format("return (x32,)"), "the result is tuple, wanted is a tensor|returns a tuple"),
+            (changed.format("return x32.tolist()"), "the result is list, wanted is a tensor"),
+            (changed.format("return 1.0"), "wanted is a tensor"),
+            (changed.format("yield x"), "returns a generator"),
+            (changed.format("raise KeyError('a' * 500)"), f"layers.py, line {line}: KeyError: 'aaa"),
+            (changed.format("print('here', x32.shape)"), f"it prints (layers.py, line {line}): 'here torch.Size"),
+            ("\0", "layers.py, line 1|layers.py cannot be read")):
+        found = judged(*RMS, text, tmp_path)
+        told = any(one in found["text"] or one == found["state"] for one in wanted.split("|"))
+        assert told and len(found["text"]) < 300 and "\n" not in found["text"], (wanted, found)
+    (tmp_path / "layers.py").write_bytes(b"x = '\xff'\n")
+    assert "layers.py" in worker.judged(*RMS, tmp_path)["text"]
+    (tmp_path / "layers.py").unlink()
+    assert "layers.py is gone" in worker.judged(*RMS, tmp_path)["text"]
+
+
+def test_each_exercise_is_checked_alone(tmp_path):
+    """All others may be unwritten or wrong; helpers, imports and a changed __init__ of the learner's are used."""
+    file = folder.files_of("qwen3")["layers.py"]
+    stub = re.compile(r"( +)# EXERCISE rotate .*?still to be written\"\)\n", re.S)
+    text = stub.sub("    return turned(x, cos, sin)\n", file).replace(
+        "class Attention(", "import torch as t\n\n\ndef turned(x, c, s):\n    a, b = x.chunk(2, -1)\n"
+        "    return t.cat((a * c - b * s, b * c + a * s), -1)\n\n\nclass Attention(")
+    text = text.replace("        self.head_dim, self.scale = N", "        self.head_dim, self.scale = N")
+    assert judged("qwen3", "rotate", text, tmp_path) == {"state": "right", "text": ""}
+    assert judged("qwen3", "attention", text, tmp_path)["state"] == "not written"
+    body = "x32 = x.float()\nreturn self.weight * self.sized(x32).to(x.dtype)"
+    text = with_body(*RMS, body).replace("        self.eps = eps\n", "        self.epsilon = eps\n\n    def sized(self, x):\n"
+                                         "        return x * (x.square().mean(-1, True) + self.epsilon) ** -0.5\n", 1)
+    assert judged(*RMS, text, tmp_path) == {"state": "right", "text": ""}
+    text = with_body("qwen3", "attention_mask", "return super_mask(first, T, padding, device)")
+    assert "NameError" in judged("qwen3", "attention_mask", text, tmp_path)["text"]
+
+
+def test_what_no_usual_mistake_explains_shows_the_first_difference(tmp_path):
+    for name, changes, wanted in (
+            ("mlp", ("self.up_proj(x)", "(self.up_proj(x) + 3 * x.mean() ** 2)"), r"the result\[0, 0, 0\] is \S+, right is"
+             r" \S+ \(for x \(2, 5, 8\)\)"),
+            ("mlp", ("return ", "return 0.3 * "), r"all numbers are 0\.3 times what they should be"),
+            ("mlp", ("return ", "return x.mean() if x.ndim == 2 else "), r"only wrong for x \(n, D\): the result has shape"
+             r" \(\), wanted is \(B, T, D\) \(6, 8\)"),
+            ("rotate", ("dim=-1)", "dim=-1).transpose(1, 2)"), r"the right numbers with axes 1 and 2 exchanged"),
+            ("sdpa", ("flatten(1, 2)", "flatten(1, 2).double()"), r"the result is float64, wanted is float32")):
+        found = judged("qwen3", name, with_changes("qwen3", name, *changes), tmp_path)
+        assert found["state"] == "wrong" and re.search(wanted, found["text"]), (wanted, found)
+
+
+# --- the command line ---
+
+def run(capsys, *words: str, practice: Path) -> tuple[int, str, str]:
+    try:
+        code = command.main(list(words), practice)
+    except SystemExit as left:
+        code = left.code
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("package", exercises.PACKAGES)
+def test_the_folder_is_the_package_with_the_bodies_taken_out(package, tmp_path, capsys):
+    code, out, err = run(capsys, package, practice=tmp_path)
+    assert code == 0 and not err and f"0 of {len(exercises.of(package))} right\nnext: " in out
+    for path in (ROOT / package).rglob("*.py"):
+        name = path.relative_to(ROOT / package)
+        mine, own = (tmp_path / package / name).read_text("utf-8"), path.read_text("utf-8")
+        taken = [exercise for exercise in exercises.of(package).values() if exercise.file == name.as_posix()]
+        assert mine.count("raise NotImplementedError") == len(taken)
+        assert max(map(len, mine.splitlines()), default=0) <= 120
+        ast.parse(mine)
+        assert (mine == own) == (not taken)
+        for kept in folder.parts(ast.parse(own)).keys() - {exercise.target for exercise in taken}:
+            assert folder.parts(ast.parse(mine))[kept] == folder.parts(ast.parse(own))[kept]
+    for exercise in exercises.of(package).values():
+        text = (tmp_path / package / exercise.file).read_text("utf-8")
+        node = exercises.find(ast.parse(text), exercise.target)
+        body = ast.get_source_segment(text, node)
+        assert f"EXERCISE {exercise.name} ({exercise.level}, {exercise.minutes} minutes)" in body
+        assert exercise.level in ("easy", "medium", "hard") and len(exercise.hints) == 3
+        source = exercises.source_path(package, exercise.file).read_text("utf-8")
+        assert ast.get_docstring(node) == ast.get_docstring(exercises.find(ast.parse(source), exercise.target))
+        heading = exercises.section(package, exercise)
+        assert heading and re.search(rf"^##+ +{re.escape(heading)} *$", (ROOT / package / "README.md").read_text(), re.M)
+
+
+def test_what_a_learner_wrote_is_never_lost(tmp_path, capsys):
+    layers = tmp_path / "qwen3" / "layers.py"
+    assert run(capsys, "qwen3", practice=tmp_path)[0] == 0
+    mine = layers.read_text().replace('raise NotImplementedError("exercise mlp is still to be written")', "return x")
+    layers.write_text(mine)
+    (tmp_path / "qwen3" / "model.py").unlink()
+    code, out, err = run(capsys, "qwen3", practice=tmp_path)
+    assert code == 0 and "is there and stays as it is; model.py was missing and is written again:" in out
+    assert layers.read_text() == mine and (tmp_path / "qwen3" / "model.py").exists()
+
+    code, out, err = run(capsys, "qwen3", "--again", "mlp", practice=tmp_path)
+    assert code == 0 and "layers.old-1.py" in out and (tmp_path / "qwen3" / "layers.old-1.py").read_text() == mine
+    assert layers.read_text() == folder.files_of("qwen3")["layers.py"]
+    layers.write_text(mine.replace("    def sdpa(", "    def other(").replace("def rotate(", "def turn("))
+    for name in ("sdpa", "rotate"):
+        assert run(capsys, "qwen3", "--again", name, practice=tmp_path)[0] == 0
+        assert judged("qwen3", name, layers.read_text(), tmp_path / "qwen3")["state"] == "not written"
+    layers.write_text("def (:\n")
+    code, out, err = run(capsys, "qwen3", "--again", "mlp", practice=tmp_path)
+    assert code == 2 and "line 1: Python cannot read this line" in err and layers.read_text() == "def (:\n"
+
+    code, out, err = run(capsys, "qwen3", "--fresh", practice=tmp_path)
+    assert code == 0 and "is kept as" in out and (tmp_path / "qwen3.old-1" / "layers.py").read_text() == "def (:\n"
+    assert layers.read_text() == folder.files_of("qwen3")["layers.py"]
+
+
+def test_hints_become_stronger_and_solutions_are_the_real_bodies(tmp_path, capsys):
+    run(capsys, "qwen3", practice=tmp_path)
+    three = exercises.of("qwen3")["sdpa"].hints
+    for number in (1, 2, 3, 3):
+        code, out, err = run(capsys, "qwen3", "--hint", "sdpa", practice=tmp_path)
+        assert code == 0 and f"hint {number} of 3: {three[number - 1]}" in " ".join(out.split())
+        assert ("--solution sdpa" in out) == (number == 3)
+    code, out, err = run(capsys, "qwen3", "--hint", "mlp", practice=tmp_path)
+    assert "hint 1 of 3" in out
+    (tmp_path / "qwen3" / "progress.json").write_text("{")
+    assert "hint 1 of 3" in run(capsys, "qwen3", "--hint", "mlp", practice=tmp_path)[1]
+    for package, name in ALL:
+        source, first, last = real(package, name)
+        code, out, err = run(capsys, package, "--solution", name, practice=tmp_path)
+        assert code == 0 and out.split("\n", 1)[1] == "".join(source.splitlines(keepends=True)[first - 1:last])
+
+
+def test_mistakes_at_the_command_line_are_one_sentence(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for words, practice, wanted in (
+            ([], tmp_path, "say which package: qwen3, qwen3_moe, deepseek_v3"),
+            (["qwen4"], tmp_path, "there is no package 'qwen4'"),
+            (["qwen3", "--check", "sdap"], tmp_path, "no exercise 'sdap', did you mean sdpa?"),
+            (["qwen3", "--hint", "yarn"], tmp_path, "no exercise 'yarn': rms_norm, "),
+            (["qwen3", "--solution", "all"], tmp_path, "no exercise 'all'"),
+            (["qwen3", "--hint", "mlp", "--fresh"], tmp_path, "not allowed with argument"),
+            (["qwen3", "--hint"], tmp_path, "--hint: expected one argument"),
+            (["qwen3", "--check"], tmp_path, "qwen3 is not there yet: `uv run python -m scripts.practice qwen3`"),
+            (["qwen3", "--hint", "mlp"], tmp_path, "is not there yet"),
+            (["qwen3", "--again", "mlp"], tmp_path, "is not there yet"),
+            (["qwen3"], tmp_path / "file", "Not a directory")):
+        code, out, err = run(capsys, *words, practice=practice)
+        assert code == 2 and not out and wanted in err, (words, err)
+        assert err.startswith("practice: ") and err.count("\n") == 1 and len(err) < 300
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    run(capsys, "qwen3", practice=tmp_path)
+    monkeypatch.setattr(process, "verdicts", stop)
+    assert run(capsys, "qwen3", "--check", practice=tmp_path) == (130, "", "\n")
+
+
+def test_a_half_written_folder_is_not_left(tmp_path, capsys, monkeypatch):
+    def full(path: Path, text: str) -> None:
+        if path.name == "model.py":
+            raise OSError(28, "No space left on device", str(path))
+        save(path, text)
+
+    save = folder.save
+    monkeypatch.setattr(folder, "save", full)
+    code, out, err = run(capsys, "qwen3", practice=tmp_path)
+    assert code == 2 and "No space left on device" in err and list(tmp_path.iterdir()) == []
+
+
+def test_progress_is_kept_and_shown(tmp_path, capsys, monkeypatch):
+    run(capsys, "qwen3_moe", practice=tmp_path)
+    state = {"router": "right", "mixture": "wrong", "dispatch": "not written", "moe_block": "right",
+             "balance_loss": "wrong"}
+    monkeypatch.setattr(process, "verdicts", lambda package, folder, names: iter(
+        [{"name": name, "state": state[name], "text": "off" if state[name] == "wrong" else ""} for name in names]))
+    code, out, err = run(capsys, "qwen3_moe", "--check", practice=tmp_path)
+    assert code == 1 and [line.split()[-1] for line in out.splitlines()[:5]] == ["right", "off", "yet", "right", "off"]
+    assert out.splitlines()[5] == "2 of 5 right" and out.splitlines()[6].startswith("next: mixture (easy, 10 minutes)")
+    state["mixture"] = "right"
+    code, out, err = run(capsys, "qwen3_moe", "--check", "mixture", practice=tmp_path)
+    assert code == 0 and "3 of 5 right so far\nnext: dispatch" in out
+    assert "3 of 5 right" in run(capsys, "qwen3_moe", practice=tmp_path)[1]
+
+
+# --- the process that runs a learner's code ---
+
+def learner(path: Path, package: str = "qwen3", **bodies: str) -> Path:
+    """A folder where these exercises are written."""
+    mine = path / package
+    folder.write(package, mine)
+    for name, body in bodies.items():
+        file = mine / exercises.of(package)[name].file
+        text = file.read_text("utf-8")
+        stub = rf"( +)# EXERCISE {name} .*?exercise {name} is still to be written\"\)\n"
+        file.write_text(re.sub(stub, lambda found: textwrap.indent(body, found[1]) + "\n", text, flags=re.S), "utf-8")
+    return mine
+
+
+@pytest.mark.ahead
+def test_a_loop_without_end_is_ended_and_the_others_are_checked(tmp_path):
+    mine = learner(tmp_path, mlp="while True:\n    pass", rotate="import os\nos._exit(5)",
+                   layer="x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)\n"
+                         "return x + self.mlp(self.post_attention_layernorm(x))")
+    line = mine.joinpath("layers.py").read_text().splitlines().index("        while True:") + 1
+    found = {one["name"]: one for one in process.verdicts("qwen3", mine, ["mlp", "rotate", "layer"], seconds=0.5)}
+    assert re.match(rf"layers\.py, line ({line}|{line + 1}): still running after 0.5 seconds; a loop", found["mlp"]["text"])
+    assert found["rotate"]["text"].startswith("Python itself ended while this ran (exit code 5)")
+    assert [found[name]["state"] for name in ("mlp", "rotate", "layer")] == ["wrong", "wrong", "right"]
+
+
+@pytest.mark.slow
+def test_what_happens_to_the_process_is_one_sentence(tmp_path):
+    mine = learner(tmp_path, mlp="return input()", rms_norm="import os\nos.write(1, b'noise')\nos.kill(os.getpid(), 11)",
+                   rotate="breakpoint()\nreturn x", sdpa="return torch.empty(10 ** 12)",
+                   kv_cache="x = []\nwhile True:\n    x.append(torch.zeros(1 << 22))",
+                   layer="import sys\nsys.stderr.write('noise')\nsys.stdout.buffer.write(b'x')")
+    found = {one["name"]: one["text"] for one in process.verdicts(
+        "qwen3", mine, ["mlp", "rms_norm", "rotate", "sdpa", "kv_cache", "layer"])}
+    assert "input() waits for a keyboard" in found["mlp"] and "(SIGSEGV)" in found["rms_norm"]
+    assert "breakpoint() stops here" in found["rotate"] and "memory" in found["sdpa"]
+    assert "memory" in found["kv_cache"] or "loop without end" in found["kv_cache"]
+    assert "AttributeError" in found["layer"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_ends_the_check_and_its_process(tmp_path):
+    mine = learner(tmp_path, mlp=f"open({str(tmp_path / 'pid')!r}, 'w').write(str(__import__('os').getpid()))\n"
+                                 "while True:\n    pass")
+    code = f"from pathlib import Path; from scripts.practice.__main__ import main; import sys; " \
+           f"sys.exit(main(['qwen3', '--check', 'mlp'], Path({str(tmp_path)!r})))"
+    started = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, start_new_session=True)
+    for _ in range(600):
+        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
+            break
+        time.sleep(0.1)
+    os.kill(started.pid, signal.SIGINT)
+    out, err = started.communicate(timeout=30)
+    assert started.returncode == 130 and out == "" and err == "\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert mine.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", exercises.PACKAGES)
+def test_the_finished_package_answers(package, tmp_path, capsys):
+    mine = learner(tmp_path, package)
+    for name in {exercise.file for exercise in exercises.of(package).values()}:
+        shutil.copy(exercises.source_path(package, name), mine / name)
+    code, out, err = run(capsys, package, "--check", practice=tmp_path)
+    count = len(exercises.of(package))
+    assert code == 0 and f"{count} of {count} right\n" in out and not err
+    assert out.splitlines()[-2].strip().startswith("RoPE ") and out.splitlines()[-1].startswith("Congratulations: ")
+
+    # What is no exercise, and broken: each exercise is right alone, and together they say so.
+    text = (mine / "layers.py").read_text()
+    (mine / "layers.py").write_text(text.replace("angles.cos()", "angles.sin()"))
+    code, out, err = run(capsys, package, "--check", practice=tmp_path)
+    assert code == 1 and "answers otherwise" in out and "layers.py: RotaryEmbedding.__call__" in out
+    (mine / "layers.py").write_text(text.replace("return x @ self.weight.T", f"from {package}.nothing import x"))
+    code, out, err = run(capsys, package, "--check", practice=tmp_path)
+    assert code == 1 and re.search(r"together they do not run: layers\.py, line \d+: ModuleNotFoundError", out)
+
+
+# --- beside the training lesson ---
+
+def test_the_balance_loss_is_that_of_the_training_lesson():
+    from scripts.practice import solutions
+
+    probabilities = torch.rand(20, 6).softmax(-1)
+    ids = probabilities.topk(2).indices
+    assert torch.equal(solutions.balance_loss(probabilities, ids), balance.balance_loss(probabilities, ids))
+
+    class Router(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.zeros(6, 3)
+            self.e_score_correction_bias = torch.rand(6)
+
+        def forward(self, x):
+            return None, ids
+
+    router = Router()
+    expected = solutions.bias_update(router.e_score_correction_bias, ids, 0.01)
+    tracked = balance.BalanceBias(torch.nn.ModuleList([router]))
+    router(torch.zeros(20, 3))
+    tracked.update(0.01)
+    assert torch.equal(router.e_score_correction_bias, expected)
+
+
+def test_the_row_of_the_scripts():
+    assert "| `uv run python -m scripts.practice qwen3` |" in (ROOT / "scripts" / "README.md").read_text()

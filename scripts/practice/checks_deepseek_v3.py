@@ -466,6 +466,8 @@ YARN = Check(yarn_cases, run_yarn, wrong_yarn, [
 ], results=("the frequencies", "the factor"), gradient=False, explain=explain_yarn,
     errors={"name 'frequencies'": "the lines below return `frequencies`: give the result that name",
             "local variable 'frequencies'": "the lines below return `frequencies`: give the result that name",
+            "on device meta": 'on the meta device the numbers are lost: create the ramp with device="cpu"',
+            "same device": 'on the meta device the numbers are lost: create the ramp with device="cpu"',
             "division by zero": "where low and high are equal it divides by zero: add 0.001 to high"})
 
 

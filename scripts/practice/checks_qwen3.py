@@ -1,5 +1,6 @@
 """Checks of qwen3's exercises outside layers.py: the stack, the conversation, and choosing tokens."""
 
+import copy
 import functools
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
@@ -35,6 +36,11 @@ def layer_cases() -> list[Case]:
     return cases
 
 
+@functools.cache
+def real_layer() -> nn.Module:
+    return fill(real_model.Layer(small(), 1), 7)
+
+
 def run_layer(module: ModuleType, i: SimpleNamespace) -> tuple:
     cache = None if i._past is None else Cache(*i._past)
     out = fill(module.Layer(small(), 1), 7)(i.x, i._cos, i._sin, i._mask, cache)
@@ -43,7 +49,7 @@ def run_layer(module: ModuleType, i: SimpleNamespace) -> tuple:
 
 def wrong_layer(i: SimpleNamespace, first="pre", second="pre", reads="x", norms="own", order="attention", mask=True,
                 cached=True, adds="x") -> tuple:
-    layer = fill(real_model.Layer(small(), 1), 7)
+    layer = real_layer()
     cache = None if i._past is None else Cache(*i._past)
     n1, n2 = layer.input_layernorm, layer.post_attention_layernorm
     if norms == "exchanged":
@@ -141,17 +147,21 @@ class Listener:
         return self.rotary(positions, dtype)
 
 
+@functools.cache
+def real_transformer() -> nn.Module:
+    return fill(real_model.Transformer(small()), 11)
+
+
 def prepared(module: ModuleType, i: SimpleNamespace) -> tuple:
     """(The module's Transformer, its cache with the past in it)."""
-    c = small()
-    past = None if i._past is None else KVCacheOf(c, i)
-    transformer = fill(module.Transformer(c), 11)
+    past = None if i._past is None else filled_cache(i)
+    transformer = copy.copy(real_transformer()) if module is real_model else fill(module.Transformer(small()), 11)
     transformer.rotary_emb = Listener(transformer.rotary_emb)
     return transformer, past
 
 
-def KVCacheOf(c, i: SimpleNamespace) -> layers.KVCache:
-    real = fill(real_model.Transformer(c), 11)
+def filled_cache(i: SimpleNamespace) -> layers.KVCache:
+    real = real_transformer()
     rows = i._padding or [0] * len(i.token_ids)
     cache = layers.KVCache([layer.self_attn for layer in real.layers], 12, torch.float32, padding=rows)
     if i._past.shape[1]:
@@ -364,6 +374,8 @@ def explain_chat(a: object, b: object, case: Case) -> str | None:
     if not isinstance(a, str):
         return f"it returns a {type(a).__name__}: wanted is a list of texts and Special tokens"
     if a.replace("⟦", "").replace("⟧", "") == b.replace("⟦", "").replace("⟧", ""):
+        if "⟧<|im_end|>" in a or any(f"⟦{message['content']}⟧" in a for message in case.inputs["messages"]):
+            return "content is marked as Special: a user who types <|im_end|> could then end the turn"
         return "the text is right, and special tokens are marked wrongly: the format's are Special(…), content is not"
     n = next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
     shown = [text.replace("⟦", "").replace("⟧", "") for text in (b[max(n - 18, 0):n], a[n:n + 18], b[n:n + 18])]
@@ -477,7 +489,7 @@ def wrong_sampling(i: SimpleNamespace, temperature="divides", k="right", p="righ
                 "likely": q < top_p, "rare": q < 1 - top_p, "ascending": q.flip(-1).cumsum(-1).flip(-1) > top_p,
                 "above": total - q < top_p, "at least one": (total > top_p) & (torch.arange(V) > 0)}.get(
                     p, total - q >= top_p)
-        if p == "unsorted":
+        if p == "unsorted" or (p == "unsorted alone" and not i.top_k):
             own = whole.softmax(-1)
             drop = (own.cumsum(-1) - own >= top_p).gather(-1, places)
         return values.masked_fill(drop, -torch.inf)
@@ -565,6 +577,8 @@ SAMPLING = Check(sampling_cases, lambda module, i: spread(module.top_k_top_p(
                             "reach top_p (look at the sum before each token)"),
     ({"p": "one more"}, "one token too many stays with top_p: the set ends with the token that reaches it"),
     ({"p": "unsorted"}, "the sum for top_p runs in the order of the ids: sort first, the likeliest in front"),
+    ({"p": "unsorted alone"}, "without top_k the sum for top_p runs in the order of the ids: sort first, the likeliest "
+                              "in front"),
     ({"p": "ascending"}, "the sum for top_p runs from the least likely: sort the likeliest in front"),
     ({"p": "likely"}, "top_p is compared with single probabilities: compare it with the sum of all likelier ones"),
     ({"p": "rare"}, "top_p is compared with single probabilities: compare it with the sum of all likelier ones"),

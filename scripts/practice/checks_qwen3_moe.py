@@ -188,7 +188,7 @@ def wrong_mixture(i: SimpleNamespace, weigh="place", add=True, first=False, all=
                 y[t] += (w[t, 0] if all == "weighed" else 1) * experts[e](i.x[t:t + 1])[0].float()
         return y.to(i.x.dtype)
     for t in range(n):
-        for a in range(1 if first else A):
+        for a in chosen[t].argsort().tolist() if add == "by number" else range(1 if first else A):
             a = A - 1 - a if last else a
             number = {"right": int(chosen[t, a]), "place": a, "next": (int(chosen[t, a]) + 1) % i._E,
                       "first token": int(chosen[0, a]), "reversed": int(chosen[t, A - 1 - a])}[ids]
@@ -197,7 +197,7 @@ def wrong_mixture(i: SimpleNamespace, weigh="place", add=True, first=False, all=
             token = i.x[t:t + 1] if tokens == "right" else i.x[a % n:a % n + 1]
             out = experts[number](factor.to(i.x.dtype) * token if on == "input" else token)[0].float()
             part = out if on == "input" else factor.float() * out
-            y[t] = y[t] + part if add else part
+            y[t] = y[t] + part if add is True else part
     y = y / A if mean else y
     y = y + i.x if residual else y
     return y if kind == "float32" else y.to(i.x.dtype)
@@ -218,6 +218,8 @@ MIXTURES = [
     ({"weigh": "softmax"}, "a softmax is taken over the weights: the router has taken it"),
     ({"add": False}, "each expert overwrites the one before, so that the last choice alone counts: add up "
                      "the A results of a token"),
+    ({"add": "by number"}, "each expert overwrites the one before, so that one choice alone counts: add up the A "
+                           "results of a token"),
     ({"first": True}, "only the first choice of each token counts: all A do"),
     ({"all": True}, "every token runs through all experts: only through those of topk_ids"),
     ({"ids": "place"}, "the place of the choice is taken for the expert: the expert is topk_ids[t, a]"),

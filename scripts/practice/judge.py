@@ -74,9 +74,10 @@ class Check:
 class Raised:
     error: BaseException
 
-    def like(self, other: object) -> bool:
-        return (isinstance(other, Raised) and type(self.error) is type(other.error)
-                and one_line(self.error)[:60] == one_line(other.error)[:60])
+    def like(self, other: object, wanted: object) -> bool:
+        """The same error; where a refusal is wanted, or the other has no words, these may be any."""
+        return isinstance(other, Raised) and type(self.error) is type(other.error) and (
+            isinstance(wanted, Raised) or one_line(other.error) in ("", one_line(self.error)))
 
 
 def clone(value):
@@ -172,10 +173,10 @@ def judge(check: Check, module: ModuleType, real: ModuleType, path: Path) -> Non
             compare_gradients(check, module, real, cases[0], path)
         return
     tell_missing_return(given, wanted, check)
-    sentence = usual_mistake(check, cases, given)
+    sentence = usual_mistake(check, cases, given, wanted)
     exact = [n for n, case in enumerate(cases) if not case.strict]
     if not sentence and len(exact) < len(cases) and not all(good[n] for n in exact):  # rounding is looked at later
-        sentence = usual_mistake(check, [cases[n] for n in exact], [given[n] for n in exact])
+        sentence = usual_mistake(check, *([row[n] for n in exact] for row in (cases, given, wanted)))
     more = attempt(lambda: check.probe(module)) if check.probe else None
     if isinstance(more, str):
         raise Off(f"{more}: {sentence}" if sentence else more)
@@ -226,15 +227,15 @@ def kind(value: object, check: Check) -> str:
     return {"float": "a Python float", "int": "an int"}.get(type(value).__name__, f"a {type(value).__name__}")
 
 
-def usual_mistake(check: Check, cases: list[Case], given: list) -> str | None:
+def usual_mistake(check: Check, cases: list[Case], given: list, wanted: list) -> str | None:
     """The sentence of the mistake, or of two together, that gives the learner's results in every case."""
     def fits(options: dict) -> bool:
-        for case, result in zip(cases, given):
+        for case, result, right in zip(cases, given, wanted):
             try:
                 theirs = check.wrong(case.copy(), **options)
             except Exception as error:
                 theirs = Raised(error)
-            alike = result.like(theirs) if isinstance(result, Raised) else (
+            alike = result.like(theirs, right) if isinstance(result, Raised) else (
                 not isinstance(theirs, Raised) and check.same(result, theirs, case.strict))
             if not alike:
                 return False
