@@ -290,9 +290,8 @@ def common_factor(pairs: list[tuple]) -> float | None:
         if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and b.is_floating_point()
                 and a.is_floating_point() and b.numel() > 1):
             return None
-        a, b = a.double(), b.double()
-        factor = float((a * b).sum() / (b * b).sum().clamp(min=1e-30))
-        if not math.isfinite(factor) or abs(factor) < 1e-6 or not torch.allclose(a, factor * b, 1e-3, 1e-6):
+        factor = float((a.double() * b.double()).sum() / b.double().square().sum().clamp(min=1e-30))
+        if not math.isfinite(factor) or abs(factor) < 1e-6 or not close(a, (factor * b.double()).to(a.dtype)):
             return None
         factors.append(factor)
     return factors[0] if factors and abs(factors[0] - 1) > 1e-4 else None

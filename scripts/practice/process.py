@@ -49,8 +49,8 @@ def answers(process: subprocess.Popen, names: list[str], silence: float) -> Iter
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    for name in names:
-        found = {"state": "begun"}
+    for number, name in enumerate(names):
+        found, begun = {"state": "begun"}, False
         while found["state"] == "begun":
             try:
                 line = lines.get(timeout=silence)
@@ -58,11 +58,13 @@ def answers(process: subprocess.Popen, names: list[str], silence: float) -> Iter
                 yield {"name": name, "state": "wrong", "text": f"no answer after {silence:g} seconds, so it was ended; "
                                                                "a loop without end?"}
                 return
+            if line is None and number and not begun:
+                return  # it ended with the exercise before this
             if line is None:
                 yield {"name": name, "state": "wrong", "text": f"Python itself ended while this ran{code_of(process)}: "
                        "does it call os._exit, or wants more memory than there is?"}
                 return
-            found = json.loads(line)
+            found, begun = json.loads(line), True
         yield found
 
 
