@@ -30,9 +30,8 @@ def verdicts(package: str, folder: Path, names: list[str], seconds: float = SECO
 
 def listen(package: str, folder: Path, names: list[str], seconds: float, silence: float) -> Iterator[dict]:
     command = [sys.executable, "-m", f"{__package__}.worker", package, str(folder), str(seconds), *names]
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     # A session of its own: Ctrl-C reaches this process alone, which then ends that one.
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.DEVNULL, text=True, encoding="utf-8", start_new_session=True) as process:
         try:
             yield from answers(process, names, silence)

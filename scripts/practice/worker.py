@@ -30,10 +30,10 @@ class Ear:
         self.folder, self.text, self.place = str(folder), "", ""
 
     def write(self, text: str) -> int:
-        if not self.text.strip():
+        if len(self.text) < 60:
             self.text += str(text)[:60]
-            if self.text.strip() and not self.place:
-                self.place = place_of(sys._getframe(1), self.folder)
+        if not self.place and str(text).strip():
+            self.place = place_of(sys._getframe(1), self.folder)
         return len(text)
 
     def flush(self) -> None:
@@ -165,6 +165,7 @@ def main() -> None:
 
     import torch  # before the watch
 
+    sys.dont_write_bytecode = True  # nothing appears in the learner's folder; torch's own may be kept
     torch.set_num_threads(1)
     threading.Thread(target=watch, args=(str(Path(folder)), float(seconds), tell), daemon=True).start()
     for current in names:
