@@ -99,6 +99,8 @@ WRONG = {
         ("the softmax is missing", "scores.float().softmax(-1)",
          "scores.masked_fill(~mask[..., None, :, :], -torch.inf)"),
         ("layers.py, line ", ".flatten(1, 2)", ".flatten(1, 9)"),
+        ("it needs one axis more", "mask[..., None, :, :]", "mask"),
+        ("G query heads share one", "return ((q @ k.mT) * self.scale).masked_fill(~mask, -torch.inf).softmax(-1) @ v"),
         ("axes 1 and 2 exchanged|(B, T, H, N)", ".flatten(1, 2)", ".flatten(1, 2).transpose(1, 2)"),
     ],
     ("qwen3", "attention_mask"): [
@@ -135,6 +137,12 @@ WRONG = {
         ("use self.layer_idx", "self.layer_idx, k", "0, k"),
         ("all tokens so far", "k, v = cache.write", "cache.write"),
         ("x is added", "return ", "return x + "),
+        ("are rotated again", "            k, v = cache.write(self.layer_idx, k, v)",
+         "            k, v = cache.write(self.layer_idx, k, v)\n            k = rotate(k, cos, sin)"),
+        ("cut into heads first", "q = self.q_proj(x).view", "q = self.q_norm(self.q_proj(x)).view"),
+        ("T is not in its place yet", "rotate(self.q_norm(q).transpose(1, 2), cos, sin)",
+         "rotate(self.q_norm(q), cos, sin).transpose(1, 2)"),
+        ("H*N need not be D", "flatten(2)", "reshape(x.shape)"),
         ("sees the future", ", v, mask)", ", v, torch.ones_like(mask))"),
         ("the values are rotated", "if cache", "v = rotate(v, cos, sin)\n        if cache"),
     ],
@@ -166,6 +174,7 @@ WRONG = {
         ("the normed x is added", "x = self.input_layernorm(x)\nx = x + self.self_attn(x, cos, sin, mask, cache)\n"
          "x = self.post_attention_layernorm(x)\nreturn x + self.mlp(x)"),
         ("the cache is not handed on", ", mask, cache)", ", mask, None)"),
+        ("cos and sin are exchanged", "cos, sin, mask", "sin, cos, mask"),
     ],
     ("qwen3", "transformer"): [
         ("cache.length", "(cache.length, cache.padding) if cache is not None else (0, None)", "(0, None)"),
@@ -255,6 +264,7 @@ WRONG = {
          "        logits = step(model, token, cache)\nyield from found"),
         ("yields a Tensor", "yield int(token)", "yield token"),
         ("`yield` each id", "yield int(token)", "print"),
+        ("a stop id is skipped", "                return", "                continue"),
         ("`unread` is what", "prefill(model, unread, cache)", "prefill(model, torch.tensor([prompt_ids]), cache)"),
     ],
     ("qwen3_moe", "router"): [
@@ -570,6 +580,12 @@ RIGHT = {
 }
 
 
+@pytest.fixture(autouse=True)
+def less_patience(monkeypatch):
+    """Three mistakes at the same time are looked for in the slow tests only."""
+    monkeypatch.setattr(judge, "PATIENCE", 0.0)
+
+
 def real(package: str, name: str) -> tuple[str, int, int]:
     """The real file, and the lines that the exercise takes out."""
     exercise = exercises.of(package)[name]
@@ -637,6 +653,16 @@ def test_more_mistakes_are_told_in_their_own_words(package, name, tmp_path):
 
 
 @pytest.mark.slow
+def test_three_mistakes_at_the_same_time_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "PATIENCE", 60.0)
+    found = judged("deepseek_v3", "latents", with_changes(
+        "deepseek_v3", "latents", "self.q_a_layernorm(self.q_a_proj(x))", "self.q_a_proj(x)", "if self.rope_interleave",
+        "if False", "self.kv_a_layernorm(c)", "c"), tmp_path)
+    for words in ("deinterleave is missing", "the latent is not normed", "self.q_a_layernorm is missing"):
+        assert words in found["text"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("package", exercises.PACKAGES)
 def test_the_usual_mistakes_are_written_out_rightly(package):
     """Without an option the right result; with one a wrong one, which is told by the sentence of that option."""
@@ -654,7 +680,7 @@ def test_the_usual_mistakes_are_written_out_rightly(package):
             given = results(lambda i: check.wrong(i, **options))
             assert not all(judge.agrees(check, *pair) for pair in zip(given, wanted, cases)), (name, options)
             assert judge.usual_mistake(check, cases, given, wanted) == sentence, (name, options)
-            assert len(sentence) < 240
+            assert len(sentence) < 200
 
 
 # --- what a learner's file may be ---

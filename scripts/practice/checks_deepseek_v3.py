@@ -158,7 +158,8 @@ LATENTS = Check(latents_cases, run_latents, wrong_latents, [
     ({"heads": "parts apart"}, "the query is split before it is cut into heads: each head has its own N + P values"),
     ({"joined": "wrong"}, "the latents are joined in the wrong order: c (R) first, then k_rope (P)"),
 ], results=("the result", "what is written to the cache"), shape="(B, T, D)",
-    errors={"cannot access local variable": "the lines below use q_nope, q_rope and latents: give them these names",
+    errors={"same number of dimensions": "c and k_rope need the axis of their one head: (B, 1, T, ·), by [:, None]",
+            "cannot access local variable": "the lines below use q_nope, q_rope and latents: give them these names",
             "referenced before assignment": "the lines below use q_nope, q_rope and latents: give them these names",
             "name 'q_nope' is not defined": "the lines below use q_nope, q_rope and latents: give them these names",
             "name 'q_rope' is not defined": "the lines below use q_nope, q_rope and latents: give them these names",
@@ -282,8 +283,8 @@ def wrong_absorbed(i: SimpleNamespace, last=True, values="v", fold="right", key=
     q_rope = i.q_rope
     latent, k_rope = i.latents.split((R, P), -1)
     whole = torch.cat((q, q_rope), -1)
-    if key == "no rope":
-        whole = torch.cat((q, q_rope * 0), -1)
+    if key == "rope first":
+        whole = torch.cat((q_rope, q), -1)
     value = {"v": latent, "whole": i.latents, "last": i.latents[..., -R:]}.get(values, latent)
     y = a.sdpa(whole, i.latents, value, i._mask)
     if not last:
@@ -300,6 +301,7 @@ ABSORBED = Check(forms_cases, run_form("absorbed"), wrong_absorbed, [
     ({"last": False, "values": "whole"}, "the values are c and k_rope together, and W_UV is missing: the value is the "
                                          "latent alone, latents[..., :R]"),
     ({"values": "last"}, "the value is taken from the end of the latents: c are their first R values"),
+    ({"key": "rope first"}, "the query has q_rope first, and the latents have c first: one order in both"),
     ({"fold": "first head"}, "the query of every head is folded with W_UK of head 0: each head has its own"),
     ({"out": "first head"}, "every head's output goes through W_UV of head 0: each head has its own"),
 ], shape="(B, H, T, M)", after=after_absorbed, errors={
@@ -599,7 +601,9 @@ def wrong_v3_router(i: SimpleNamespace, score="sigmoid", bias="chooses", weigh="
         weights = (scores / scores.sum(-1, keepdim=True)).gather(1, ids)
     scaled = when == "before"
     weights = weights * c.routed_scaling_factor if scaled and factor else weights
-    if (norm == "right" and c.norm_topk_prob) or norm == "always" or (norm == "inverted" and not c.norm_topk_prob):
+    if norm == "all" and c.norm_topk_prob:
+        weights = weights / weights.sum()
+    elif (norm == "right" and c.norm_topk_prob) or norm == "always" or (norm == "inverted" and not c.norm_topk_prob):
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     elif norm == "softmax" and c.norm_topk_prob:
         weights = weights.softmax(-1)
@@ -655,6 +659,7 @@ ROUTER = Check(router_cases, lambda module, i: by_expert(v3_router(module, i)(i.
     ({"norm": "never"}, "with norm_topk_prob the chosen weights are divided by their sum"),
     ({"norm": "always"}, "the weights are divided by their sum always: only where self.norm_topk_prob is set"),
     ({"norm": "inverted"}, "norm_topk_prob is the wrong way round"),
+    ({"norm": "all"}, "the weights are divided by the sum over all tokens: by each token's own (dim=-1)"),
     ({"norm": "before"}, "the scores are divided by the sum over all experts: by the sum of the chosen ones"),
     ({"norm": "softmax"}, "a softmax runs over the chosen weights: divide them by their sum"),
     ({"norm": "tokens"}, "the weights are divided by the sum over the tokens: by each token's own (dim=-1)"),
@@ -773,6 +778,8 @@ def wrong_join(i: SimpleNamespace, order="embedding first", enorm=True, hnorm=Tr
         return layer.eh_proj(torch.cat((a + b, a + b), -1))
     if how == "sum":
         return a + b
+    if how == "residual":
+        return i.embedded + layer.eh_proj(torch.cat((a, b), -1))
     if how == "same":
         return layer.eh_proj(torch.cat((a, a), -1))
     x = torch.cat((a, b) if order == "embedding first" else (b, a), -1)
@@ -793,6 +800,7 @@ JOIN = Check(join_cases, lambda module, i: join_of(module, i.embedded.dtype).joi
     ({"norms": "one"}, "the state goes through self.enorm: its norm is self.hnorm"),
     ({"project": False}, "self.eh_proj is missing: it makes D values of the 2 D"),
     ({"how": "sum"}, "the two are added: put them side by side (torch.cat), and project"),
+    ({"how": "residual"}, "the embedding is added to the result: the projection alone is wanted"),
     ({"how": "same"}, "the embedding stands there twice: embedding and state"),
     ({"how": "mixed"}, "the values alternate: torch.cat puts one after the other"),
 ], shape="(B, T, D)", errors={
@@ -824,7 +832,7 @@ def run_verify(module: ModuleType, i: SimpleNamespace) -> tuple:
         token = module.verify(i._truth, i._guess, i._drafted, generator)
         if isinstance(token, Tensor) and token.numel() == 1:
             raise Off("it returns a tensor: an int is wanted, int(…)")
-        if not isinstance(token, int) or not 0 <= token < 4:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < 4:
             raise Off(f"it returns {token!r:.40}: wanted is the id of a token, an int" if token is not None else
                       "it returns nothing: the id of a token on every path")
         counts[token] += 1

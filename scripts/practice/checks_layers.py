@@ -34,7 +34,7 @@ def rms_cases() -> list[Case]:
                      "_weight": (1 + 0.4 * normal(shape[-1], seed=seed + 50)).to(dtype)}, **more)
 
     shifted = case(2, 5, 8, eps=0.3)
-    shifted.inputs["x"] += 0.7
+    shifted.inputs["x"] = 2 * shifted.inputs["x"] + 0.7
     return [shifted, case(4, 4, 4, eps=1e-3, seed=1), case(8, seed=2), case(3, 6, scale=1e-4, seed=3),
             case(2, 3, 2, 10, eps=0.05, seed=6),
             case(16, 64, dtype=F16, scale=1000, seed=5, tags=("in float16",), strict=True),
@@ -63,6 +63,7 @@ def wrong_rms(i: SimpleNamespace, size="rms", eps="inside", axis=-1, keep=True, 
     below = (square + added).sqrt() if root else square + added
     below = below + i._eps if eps == "outside" else below
     y = (centered if size == "layer norm" else x) * (1 / below if divide else below)
+    y = x if size == "not at all" else y
     if weight in ("missing", "first"):
         return y.to(i.x.dtype)
     if rounding == "after the weight":
@@ -97,6 +98,7 @@ RMS = Check(rms_cases, run_rms, wrong_rms, [
     ({"size": "abs"}, "this is the mean of absolute values: take the root of the mean of squares"),
     ({"size": "mean²"}, "you take the mean first and square it: square first, then take the mean"),
     ({"size": "largest"}, "you divide by the largest value: divide by the root of the mean square"),
+    ({"size": "not at all"}, "x is not divided by anything: the root of the mean square is missing"),
     ({"eps": "none"}, "self.eps is missing: a vector near zero would be blown up or become NaN"),
     ({"eps": "outside"}, "self.eps is added after the root: it belongs inside, to the mean square"),
     ({"eps": "1e-6"}, "1e-6 is written into the code: use self.eps, which differs between models"),
@@ -135,7 +137,8 @@ def wrong_frequencies(i: SimpleNamespace, exponent="2j/N", theta=None, invert=Fa
     if exponent == "all":
         j = torch.arange(0, N, dtype=torch.float32)
     power = {"2j/N": 2 * j / N, "j/N": j / N, "4j/N": 4 * j / N, "all": j / N, "2j": 2 * j,
-             "to the end": 2 * j / max(N - 2, 1), "j": j}[exponent]
+             "to the end": 2 * j / max(N - 2, 1), "divided to the end": 2 * j / (N - 2), "j": j,
+             "2j/D": 2 * j / c.hidden_size}[exponent]
     period = (theta or c.rope_theta) ** (-power if invert else power) * factor
     period = (period.flip(0) if flip else period).to(dtype)
     if i._meta and not everywhere:
@@ -167,6 +170,8 @@ FREQUENCIES = Check(frequency_cases, run_frequencies, wrong_frequencies, [
     ({"exponent": "2j"}, "the exponent is not divided by N"),
     ({"exponent": "j"}, "the exponent is j: it has to be 2j/N"),
     ({"exponent": "to the end"}, "the last exponent is 1: the steps are 2/N, so the last is 1 - 2/N"),
+    ({"exponent": "divided to the end"}, "the last exponent is 1: the steps are 2/N, so the last is 1 - 2/N"),
+    ({"exponent": "2j/D"}, "the exponent is divided by hidden_size: by N, the size of one head"),
     ({"invert": True}, "this is upside down: period is theta^(+2j/N), tokens per radian; the line below inverts it"),
     ({"factor": 2 * torch.pi}, "there is a factor 2 pi too much: period counts tokens per radian, not per turn"),
     ({"factor": 1 / (2 * torch.pi)}, "there is a factor 1/(2 pi) too much: period counts tokens per radian"),
@@ -256,7 +261,8 @@ ROTATE = Check(rotate_cases, lambda module, i: module.rotate(i.x, i._cos, i._sin
     ({"back": "tokens"}, "torch.cat runs over the tokens: dim=-1 puts the halves side by side"),
     ({"back": "heads"}, "torch.cat runs over the heads: dim=-1 puts the halves side by side"),
     ({"back": "batch"}, "torch.cat runs over the batch: dim=-1 puts the halves side by side"),
-], shape="(B, heads, T, N)")
+], shape="(B, heads, T, N)", errors={
+    "at non-singleton dimension 3": "cos and sin have N/2 values, one for each pair: multiply the halves of x by them"})
 
 
 # --- sdpa ---
@@ -316,6 +322,8 @@ def wrong_sdpa(i: SimpleNamespace, scale="root", mask="right", axis=-1, groups="
     hidden = hidden[:1] if mask == "first row" and hidden.ndim == 4 else hidden
     if mask == "zeros":
         scores = scores.masked_fill(hidden, 0)
+    elif mask == "misplaced":
+        scores = scores.unflatten(1, (K, G)).masked_fill(hidden, -torch.inf).flatten(1, 2)
     elif mask == "added":
         scores = scores + ~hidden
     elif mask == "plus infinity":
@@ -389,6 +397,8 @@ SDPA = Check(sdpa_cases, run_sdpa, wrong_sdpa, [
                                "padding: use the mask that is given"),
     ({"mask": "own"}, "you make a causal mask of your own, and the padding is seen: use the mask that is given"),
     ({"mask": "first row"}, "the mask of the first row is used for the whole batch"),
+    ({"mask": "misplaced"}, "with padding the mask (B, 1, T, S) meets five axes, and its B stands at K: it needs one "
+                            "axis more, mask[..., None, :, :]"),
     ({"axis": -2}, "the softmax runs over the queries: it belongs over the keys, the last axis"),
     ({"axis": 1}, "the softmax runs over the heads: it belongs over the keys, the last axis"),
     ({"axis": 0}, "the softmax runs over the batch: it belongs over the keys, the last axis"),
@@ -405,7 +415,9 @@ SDPA = Check(sdpa_cases, run_sdpa, wrong_sdpa, [
     ({"values": "transposed"}, "the weights are transposed: each query's row weighs the values"),
     ({"flat": "scrambled"}, "the heads come out in another order: flatten K and G as they were split, K first"),
     ({"flat": "tokens first"}, "the result is (B, T, H, N), wanted is (B, H, T, N)"),
-], shape="(B, H, T, N)", probe=probe_sdpa)
+], shape="(B, H, T, N)", probe=probe_sdpa, errors={
+    "at non-singleton dimension 1": "q has H heads and k has K: query head h reads key head h // G, so G query heads "
+                                    "share one"})
 
 
 # --- attention_mask ---
@@ -559,12 +571,16 @@ def wrong_attention(i: SimpleNamespace, qnorm=True, knorm=True, norms="own", ord
             return y.view(B, T, N, -1).transpose(2, 3).transpose(1, 2)
         return y.view(B, T, -1, N).transpose(1, 2)
 
+    if norms == "whole":
+        a.q_norm(a.q_proj(i.x))
+    if order == "before the heads":
+        real.rotate(a.q_norm(a.q_proj(i.x).view(B, T, -1, N)), i._cos, i._sin)
     q, k, v = cut(a.q_proj(i.x)), cut(a.k_proj(i.x)), cut(a.v_proj(i.x))
     q_norm, k_norm = (a.k_norm, a.q_norm) if norms == "exchanged" else (a.q_norm, a.q_norm if norms == "one"
                                                                        else a.k_norm)
     turned = (lambda y, on: real.rotate(y, i._cos, i._sin) if on in turn else y)
     plain_k = k_norm(k) if knorm else k
-    if order == "norm first":
+    if order != "rotation first":
         q, k = turned(q_norm(q) if qnorm else q, "q"), turned(plain_k, "k")
     else:
         q, k = turned(q, "q"), turned(k, "k")
@@ -578,7 +594,7 @@ def wrong_attention(i: SimpleNamespace, qnorm=True, knorm=True, norms="own", ord
         kept = cache.written
         if used:
             k, v = whole[::-1] if swap == "both" else whole
-            if cached == "before":
+            if cached in ("before", "again"):
                 k = turned(k, "k")
     seen = i._mask if mask else torch.ones_like(i._mask)
     y = a.sdpa(q, k, v, seen)
@@ -623,6 +639,9 @@ ATTENTION = Check(attention_cases, run_attention, wrong_attention, [
     ({"vnorm": True}, "the values are normed: only queries and keys are"),
     ({"order": "rotation first"}, "the rotation comes before the norm: the norm's weight differs within a pair, so norm "
                                   "first"),
+    ({"norms": "whole"}, "self.q_norm gets all heads together: it norms the N values of each, so cut into heads first"),
+    ({"order": "before the heads"}, "the rotation comes before transpose(1, 2): cos and sin belong to (B, heads, T, N), "
+                                    "and T is not in its place yet"),
     ({"turn": ""}, "the rotation is missing: rotate queries and keys after their norms"),
     ({"turn": "k"}, "the queries are not rotated"),
     ({"turn": "q"}, "the keys are not rotated"),
@@ -638,13 +657,17 @@ ATTENTION = Check(attention_cases, run_attention, wrong_attention, [
     ({"residual": True}, "x is added: the layer does that, attention returns its own part alone"),
     ({"cached": "before"}, "keys go into the cache before the rotation: they are rotated once, by their own position, "
                            "and then kept"),
+    ({"cached": "again"}, "keys that come out of the cache are rotated again: they were, when they went in"),
     ({"swap": True}, "cache.write wants keys, then values"),
     ({"swap": "both"}, "keys and values are exchanged in the cache: it wants keys first, then values"),
     ({"used": False}, "what cache.write returns is not used: it is the keys and values of all tokens so far"),
     ({"written": False}, "the cache is not used: with one, k, v = cache.write(self.layer_idx, k, v)"),
     ({"layer": 0}, "every layer writes to place 0 of the cache: use self.layer_idx"),
 ], results=("the result", "what is written to the cache"), shape="(B, T, D)", probe=probe_attention,
-    explain=explain_attention)
+    explain=explain_attention, errors={
+        "is invalid for input of size": "a shape does not fit: H*N need not be D, so view(B, T, -1, N) and flatten(2)",
+        "view size is not compatible": "after transpose the numbers lie in another order: flatten(2) or reshape, not "
+                                       "view"})
 
 
 # --- kv_cache ---

@@ -48,7 +48,7 @@ def run_layer(module: ModuleType, i: SimpleNamespace) -> tuple:
 
 
 def wrong_layer(i: SimpleNamespace, first="pre", second="pre", reads="x", norms="own", order="attention", mask=True,
-                cached=True, adds="x") -> tuple:
+                cached=True, adds="x", angles="right") -> tuple:
     layer = real_layer()
     cache = None if i._past is None else Cache(*i._past)
     n1, n2 = layer.input_layernorm, layer.post_attention_layernorm
@@ -61,10 +61,12 @@ def wrong_layer(i: SimpleNamespace, first="pre", second="pre", reads="x", norms=
 
     def attend(y: Tensor) -> Tensor:
         seen = i._mask if mask else torch.ones_like(i._mask)
+        if angles == "exchanged":
+            return layer.self_attn(y, i._sin, i._cos, seen, cache if cached else None)
         return layer.self_attn(y, i._cos, i._sin, seen, cache if cached else None)
 
     def step(x: Tensor, part, norm, how: str) -> Tensor:
-        return {"pre": lambda: x + part(norm(x)), "post": lambda: norm(x + part(x)), "no norm": lambda: x + part(x),
+        return {"pre": lambda: x + part(norm(x)),  "post": lambda: norm(x + part(x)), "no norm": lambda: x + part(x),
                 "no residual": lambda: part(norm(x)), "normed residual": lambda: norm(x) + part(norm(x)),
                 "norm of part": lambda: x + norm(part(x)), "left out": lambda: x,
                 "neither": lambda: part(x)}[how]()
@@ -79,6 +81,8 @@ def wrong_layer(i: SimpleNamespace, first="pre", second="pre", reads="x", norms=
     y = step(x, attend, n1, first)
     if reads == "input":  # parallel
         y = y + layer.mlp(n2(x))
+    elif reads == "attention's part":
+        y = y + layer.mlp(n2(y - x))
     elif adds == "input":
         y = x + layer.mlp(n2(y))
     else:
@@ -112,6 +116,8 @@ LAYER = Check(layer_cases, run_layer, wrong_layer, [
     ({"norms": "first twice"}, "the MLP reads through input_layernorm: its norm is post_attention_layernorm"),
     ({"norms": "second twice"}, "attention reads through post_attention_layernorm: its norm is input_layernorm"),
     ({"reads": "input"}, "the MLP reads the x from before attention: it reads what attention has added to"),
+    ({"reads": "attention's part"}, "the MLP reads attention's part alone: it reads x with that part added"),
+    ({"angles": "exchanged"}, "cos and sin are exchanged on the way to attention"),
     ({"adds": "input"}, "the second step adds to the x from before attention, whose part is lost: x = x + … twice"),
     ({"order": "mlp first"}, "the MLP comes before attention: attention first"),
     ({"order": "mlp with the first norm"}, "the MLP comes before attention: attention first"),
@@ -323,6 +329,8 @@ def marked(parts: object) -> object:
     """One text, special tokens in ⟦…⟧; neighboring texts are joined, as Tokenizer.join does."""
     if isinstance(parts, tuple | Iterator):
         parts = list(parts)
+    if isinstance(parts, str):
+        raise Off("it returns one text: wanted is a list of its parts, texts and Special tokens")
     if not isinstance(parts, list):
         return parts
     if wrong := [part for part in parts if not isinstance(part, str)]:
@@ -494,6 +502,9 @@ def wrong_sampling(i: SimpleNamespace, temperature="divides", k="right", p="righ
             drop = (own.cumsum(-1) - own >= top_p).gather(-1, places)
         return values.masked_fill(drop, -torch.inf)
 
+    if m == "first" and i.min_p:  # before top_p, which then looks at what is left
+        q = cut_k(values).softmax(-1)
+        values = values.masked_fill(q < i.min_p * q.amax(-1, keepdim=True), -torch.inf)
     kept = cut_p(cut_k(values)) if order == "kp" else cut_k(cut_p(values))
     if order == "not renormalized":  # the rules look at shares of the whole vocabulary
         kept = cut_k(cut_p(values))
@@ -585,6 +596,8 @@ SAMPLING = Check(sampling_cases, lambda module, i: spread(module.top_k_top_p(
     ({"p": "above"}, "top_p keeps the unlikely tokens and drops the likely ones: the wrong way round"),
     ({"m": "ignored"}, "min_p is not used"),
     ({"m": "absolute"}, "min_p is compared with the probability itself: it is a share of the likeliest one's"),
+    ({"m": "first"}, "min_p comes before top_p: the other way round"),
+    ({"m": "first", "again": True}, "min_p comes before top_p, and the probabilities are normalized again"),
     ({"m": "above"}, "min_p drops the likely tokens: the wrong way round"),
     ({"m": "inverse"}, "min_p is taken from 1: keep what has at least min_p times the largest probability"),
     ({"ids": "counted"}, "the ids are those of another order: topk sorts, and returns the ids that belong to it"),
@@ -612,6 +625,7 @@ def tiny_model() -> nn.Module:
 
 def generate_cases() -> list[Case]:
     greedy = [int(token) for token in real_generate.generate(tiny_model(), [3, 1, 2], max_new_tokens=6)]
+    drawn = list(real_generate.generate(tiny_model(), [5, 7], max_new_tokens=5, temperature=1.5, seed=4))
     return [Case({"_prompt": prompt, "_max": count, "_stop": stop, "_sampling": sampling, "_cached": cached,
                   "_broken": broken}, tags)
             for prompt, count, stop, sampling, cached, broken, tags in (
@@ -619,6 +633,7 @@ def generate_cases() -> list[Case]:
                 ([3, 1, 2], 6, (greedy[3], 39), {}, 0, False, ("with a stop id",)),
                 ([3, 1, 2], 1, (), {}, 0, False, ("with max_new_tokens 1",)),
                 ([5, 7], 5, (), {"temperature": 1.5, "seed": 4}, 0, False, ("with a temperature",)),
+                ([5, 7], 5, (drawn[1],), {"temperature": 1.5, "seed": 4}, 0, False, ("with a temperature",)),
                 ([3, 1, 2, 8], 3, (), {}, 2, False, ("with a cache that knows the beginning",)),
                 ([3, 1, 2], 6, (greedy[0],), {}, 0, False, ("where the first token is a stop id",)),
                 ([3, 1], 4, (), {"repetition_penalty": 1.7}, 0, False, ("with a penalty",)),
@@ -690,6 +705,8 @@ def wrong_generate(i: SimpleNamespace, stop="before", feed="new", last=False, ch
                 stopped = int(token) in i._stop
                 if stop == "before" and stopped:
                     break
+                if stop == "skipped" and stopped:
+                    continue
                 kept.append(int(token))
                 seen.append(int(token))
                 if lazy is True:
@@ -724,12 +741,13 @@ def explain_generate(a: object, b: object, case: Case) -> str | None:
         return "logits that are not finite are not refused: check_finite(logits, count) comes before the choice"
     n = next((n for n, (x, y) in enumerate(zip(a[0], b[0])) if x != y), min(len(a[0]), len(b[0])))
     step = [(events[n] if n < len(events) else "ends") for events in (a[0], b[0])]
-    return f"the right ids, and in step {n + 1} the loop {step[0]} where it should be that it {step[1]}"
+    return f"the right ids, and not in the right way: as step {n + 1} the loop {step[0]}; right is that it {step[1]}"
 
 
 GENERATE = Check(generate_cases, run_generate, wrong_generate, [
     ({"stop": "after"}, "the stop id is yielded: look at it before the yield, and return"),
     ({"stop": "never"}, "stop ids do not stop it: return where int(token) is in stop_ids"),
+    ({"stop": "skipped"}, "a stop id is skipped and the loop goes on: it ends the answer, return"),
     ({"last": True}, "the last new token is fed back, a forward pass whose result nobody asks for: only if count < "
                      "max_new_tokens"),
     ({"feed": "nothing"}, "the new token is never fed back: logits = step(model, token, cache)"),

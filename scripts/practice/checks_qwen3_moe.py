@@ -67,7 +67,10 @@ def wrong_router(i: SimpleNamespace, over="softmax", norm="right", axis=-1, choo
         values = values / values[..., :1]
     elif (norm == "right" and i._norm) or norm == "always" or (norm == "inverted" and not i._norm):
         values = values.to(i.x.dtype) if late else values
-        values = values / values.sum(sums, keepdim=True)
+        if sums == "no keepdim":
+            values = values / values.sum(-1)
+        else:
+            values = values / (values.sum() if sums == "all" else values.sum(sums, keepdim=True))
     elif norm == "mean" and i._norm:
         values = values / values.mean(-1, keepdim=True)
     if order == -1:
@@ -107,7 +110,9 @@ ROUTER = Check(router_cases, lambda module, i: tuple(router_of(module, i)(i.x)),
     ({"norm": "largest"}, "the weights are divided by the largest: divide by their sum"),
     ({"norm": "mean"}, "the weights are divided by their mean: divide by their sum"),
     ({"sums": 0}, "the weights are divided by the sum over the tokens: by the sum of each token's own (dim=-1)"),
-    ({"sums": -1, "over": "sigmoid"}, "a sigmoid stands in place of the softmax: that is DeepSeek-V3's router"),
+    ({"sums": "all"}, "the weights are divided by the sum over all tokens: by the sum of each token's own (dim=-1)"),
+    ({"sums": "no keepdim"}, "keepdim=True is missing in the sum of the weights"),
+    ({"over": "sigmoid"}, "a sigmoid stands in place of the softmax: that is DeepSeek-V3's router"),
     ({"over": "none"}, "the softmax is missing: the weights are logits"),
     ({"over": "none", "norm": "never"}, "the softmax is missing: the weights are logits"),
     ({"over": "none", "norm": "always"}, "the softmax is missing: the weights are logits"),
@@ -188,7 +193,7 @@ def wrong_mixture(i: SimpleNamespace, weigh="place", add=True, first=False, all=
                 y[t] += (w[t, 0] if all == "weighed" else 1) * experts[e](i.x[t:t + 1])[0].float()
         return y.to(i.x.dtype)
     for t in range(n):
-        for a in chosen[t].argsort().tolist() if add == "by number" else range(1 if first else A):
+        for a in chosen[t].argsort().tolist() if add == "by number" else range(min(int(first) or A, A)):
             a = A - 1 - a if last else a
             number = {"right": int(chosen[t, a]), "place": a, "next": (int(chosen[t, a]) + 1) % i._E,
                       "first token": int(chosen[0, a]), "reversed": int(chosen[t, A - 1 - a])}[ids]
@@ -221,6 +226,7 @@ MIXTURES = [
     ({"add": "by number"}, "each expert overwrites the one before, so that one choice alone counts: add up the A "
                            "results of a token"),
     ({"first": True}, "only the first choice of each token counts: all A do"),
+    ({"first": 2}, "only the first two choices of each token count: all A do"),
     ({"all": True}, "every token runs through all experts: only through those of topk_ids"),
     ({"ids": "place"}, "the place of the choice is taken for the expert: the expert is topk_ids[t, a]"),
     ({"ids": "first token"}, "every token goes to the experts of token 0: topk_ids[t, a]"),
@@ -256,12 +262,17 @@ def after_dispatch(module: ModuleType) -> str | None:
 
 
 MIXTURE = Check(mixture_cases, run_mixture, wrong_mixture, MIXTURES, shape="(n, D)", explain=explain_mixture,
-                errors={"only integer tensors": "an expert's number is int(topk_ids[t, a])",
+                errors={"out of bounds for dimension 1": "weights and topk_ids have A columns: the second index is the "
+                                                         "place of the choice, not the expert's number",
+                        "only integer tensors": "an expert's number is int(topk_ids[t, a])",
                         "only one element tensors": "an expert's number is one entry: int(topk_ids[t, a])"})
 DISPATCH = Check(dispatch_cases, run_dispatch, wrong_mixture, [
     *MIXTURES, ({"kind": "float32"}, "the result is float32: it has the type of x")],
     shape="(n, D)", explain=explain_mixture, after=after_dispatch,
-    errors={"dtypes match": "results and x have different types: keep the type of x"})
+    errors={"out of bounds for dimension 1": "weights and topk_ids have A columns: the second index is the place of the "
+                                             "choice, not the expert's number",
+            "at non-singleton dimension 1": "the weights (m,) need an axis for the D values: weights[token, place, None]",
+            "dtypes match": "results and x have different types: keep the type of x"})
 
 
 # --- moe_block ---
@@ -298,6 +309,7 @@ def wrong_block(i: SimpleNamespace, shared="gated", flat="right", shape=True, re
              "silu": lambda: y + nn.functional.silu(gate) * out, "alone": lambda: gate.sigmoid() * out,
              "mixed": lambda: (1 - gate.sigmoid()) * y + gate.sigmoid() * out,
              "gates all": lambda: gate.sigmoid() * (y + out), "tanh": lambda: y + gate.tanh() * out,
+             "gate from y": lambda: y + block.shared_expert_gate(y).sigmoid() * out,
              "from y": lambda: y + gate.sigmoid() * block.shared_expert(y),
              "gates routed": lambda: gate.sigmoid() * y + out}[shared]()
     y = y.view_as(i.x) if shape else y
@@ -317,11 +329,14 @@ BLOCK = Check(block_cases, lambda module, i: block_of(module, i)(i.x), wrong_blo
     ({"shared": "gates routed"}, "the gate is on the routed experts: it belongs to the shared one"),
     ({"shared": "alone"}, "the routed experts are lost where there is a shared one: add both"),
     ({"shared": "from y"}, "the shared expert reads what the routed ones return: it reads the tokens"),
+    ({"shared": "gate from y"}, "the shared expert's gate reads what the routed ones return: it reads the tokens"),
     ({"flat": "tokens first"}, "batch and time are exchanged: x.flatten(0, 1), and .view_as(x) at the end"),
     ({"shape": False}, "the result is (n, D): give it the shape of x, (B, T, D)"),
     ({"weights": "even"}, "the router's weights are not used: self.experts(tokens, weights, topk_ids)"),
     ({"residual": True}, "x is added: the layer does that"),
 ], shape="(B, T, D)", errors={
+    "cannot be interpreted as an integer": "self.experts wants (tokens, weights, topk_ids): the last two are exchanged",
+    "too many values to unpack": "router and experts know tokens (n, D): x.flatten(0, 1) first",
     "must be a tensor": "self.experts wants (tokens, weights, topk_ids)",
     "has no attribute 'unique'": "self.experts wants tokens, weights and topk_ids: *self.gate(tokens) are the last two",
     "missing 1 required positional argument: 'topk_ids'": "self.experts wants tokens, weights and topk_ids: "
@@ -359,7 +374,7 @@ BALANCES = BALANCE_MISTAKES | {
 BALANCE = Check(balance_cases, lambda module, i: module.balance_loss(i.probabilities, i.topk_ids),
                 lambda i, number=None: solutions.balance_loss(i.probabilities, i.topk_ids) if number is None
                 else list(BALANCES.values())[number](i.probabilities, i.topk_ids),
-                [({"number": number}, sentence) for number, sentence in enumerate(BALANCES)],
+                [({"number": number}, sentence) for number, sentence in enumerate(BALANCES)], shape="one number,",
                 errors={"must match the size": "an expert that nobody chose is forgotten: torch.bincount needs "
                                                "minlength=E"})
 

@@ -1,13 +1,14 @@
 """Is a learner's function right, and if not, what is wrong with it, in one sentence.
 
 The function runs on several inputs beside the real one. Where results differ, they are compared with those of the
-usual mistakes, one at a time and then in pairs: each exercise has one function `wrong(inputs, **options)` that
+usual mistakes, one at a time and then several: each exercise has one function `wrong(inputs, **options)` that
 computes the right result by default, and a wrong one for each option. The mistake that fits in every case is named.
 Where none fits, the first difference is shown.
 """
 
 import itertools
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from .graft import Off, line_of, one_line
 
+PATIENCE = 2.0  # seconds of looking for three mistakes at the same time
 LOW = (torch.bfloat16, torch.float16)
 
 
@@ -161,9 +163,7 @@ def judge(check: Check, module: ModuleType, real: ModuleType, path: Path) -> Non
             theirs = case.copy()
             given.append(attempt(lambda: check.run(module, theirs)))
             wanted.append(attempt(lambda: check.wanted(case.copy()) if check.wanted else check.run(real, case.copy())))
-            if isinstance(given[-1], Raised):
-                tell_usual_errors(given[-1], check, path)
-            elif name := changed(case.inputs, theirs):
+            if not isinstance(given[-1], Raised) and (name := changed(case.inputs, theirs)):
                 raise Off(f"it changes {name}, which it was given: make a new tensor instead of writing into that one")
     good = [agrees(check, a, b, case) for a, b, case in zip(given, wanted, cases)]
     if all(good):
@@ -174,9 +174,17 @@ def judge(check: Check, module: ModuleType, real: ModuleType, path: Path) -> Non
         return
     tell_missing_return(given, wanted, check)
     sentence = usual_mistake(check, cases, given, wanted)
+    raised = [isinstance(result, Raised) for result in given]
+    if not sentence and any(raised):  # numbers that are there and wrong tell more than an error elsewhere
+        there = [n for n, one in enumerate(raised) if not one]
+        if sum(not good[n] for n in there) > 1:  # one alone would fit too many
+            sentence = usual_mistake(check, *([row[n] for n in there] for row in (cases, given, wanted)), most=2)
+        for n, result in enumerate(given if not sentence else ()):
+            if raised[n] and not good[n]:
+                tell_usual_errors(result, check, path)
     exact = [n for n, case in enumerate(cases) if not case.strict]
     if not sentence and len(exact) < len(cases) and not all(good[n] for n in exact):  # rounding is looked at later
-        sentence = usual_mistake(check, *([row[n] for n in exact] for row in (cases, given, wanted)))
+        sentence = usual_mistake(check, *([row[n] for n in exact] for row in (cases, given, wanted)), most=2)
     more = attempt(lambda: check.probe(module)) if check.probe else None
     if isinstance(more, str):
         raise Off(f"{more}: {sentence}" if sentence else more)
@@ -227,8 +235,8 @@ def kind(value: object, check: Check) -> str:
     return {"float": "a Python float", "int": "an int"}.get(type(value).__name__, f"a {type(value).__name__}")
 
 
-def usual_mistake(check: Check, cases: list[Case], given: list, wanted: list) -> str | None:
-    """The sentence of the mistake, or of two together, that gives the learner's results in every case."""
+def usual_mistake(check: Check, cases: list[Case], given: list, wanted: list, most: int = 3) -> str | None:
+    """The sentence of the mistake, or of up to `most` together, that gives the learner's results in every case."""
     def fits(options: dict) -> bool:
         for case, result, right in zip(cases, given, wanted):
             try:
@@ -243,13 +251,15 @@ def usual_mistake(check: Check, cases: list[Case], given: list, wanted: list) ->
 
     if check.wrong is None:
         return None
+    began = time.monotonic()
     with torch.no_grad():
-        for options, sentence in check.mistakes:
-            if fits(options):
-                return sentence
-        for (a, one), (b, other) in itertools.combinations(check.mistakes, 2):
-            if not a.keys() & b.keys() and fits(a | b):
-                return f"{one}; and {other}"
+        for together in range(1, most + 1):
+            for several in itertools.combinations(check.mistakes, together):
+                if together == 3 and time.monotonic() - began > PATIENCE:
+                    return None
+                options = {key: value for one, _ in several for key, value in one.items()}
+                if len(options) == sum(len(one) for one, _ in several) and fits(options):
+                    return "; and ".join(sentence for _, sentence in several)
     return None
 
 
@@ -264,6 +274,8 @@ def difference(check: Check, cases: list[Case], given: list, wanted: list, good:
     label = case.label()
     if isinstance(a, Raised):
         where = f"{path.name}{line_of(a.error, path)}: "
+        if isinstance(b, Raised):
+            return f"{only}{where}it raises {type(a.error).__name__}, wanted is {type(b.error).__name__}"
         return f"{only}{where}{type(a.error).__name__}: {one_line(a.error)}" + (f" ({label})" if label else "")
     if isinstance(b, Raised):
         return f"{only}it has to raise {type(b.error).__name__} where {one_line(b.error)}, and returns instead"
@@ -304,20 +316,21 @@ def between(name: str, a: object, b: object, check: Check, case: Case, label: st
         if type(a) is not type(b) and not (isinstance(a, int | float) and isinstance(b, float)):
             a_kind = f"a tensor {tuple(a.shape)}" if isinstance(a, Tensor) else type(a).__name__
             return f"{name} is {a_kind}, wanted is {kind(b, check)}{given}"
-        return f"{name} is {short(a)}, right is {short(b)}{given}"
+        return f"{name} {is_not(a, b)}{given}"
     if not isinstance(a, Tensor):
         return f"{name} is {type(a).__name__}, wanted is {kind(b, check)}{given}"
     if a.shape != b.shape:
         if sentence := other_order(a, b, case):
-            return f"{name} has {sentence}{given}"
-        return f"{name} has shape {tuple(a.shape)}, wanted is {check.shape or 'shape'} {tuple(b.shape)}{given}"
+            return f"{name}: {sentence}{given}"
+        return f"the shape of {name} is {tuple(a.shape)}, wanted is {check.shape} {tuple(b.shape)}{given}".replace(
+            "is  (", "is (")
     if a.dtype != b.dtype:
         kinds = str(a.dtype).removeprefix("torch."), str(b.dtype).removeprefix("torch.")
-        return f"{name} is {kinds[0]}, wanted is {kinds[1]}{given}"
+        return f"the type of {name} is {kinds[0]}, wanted is {kinds[1]}{given}"
     if a.device != b.device:
         return f"{name} is on device {a.device}, wanted is {b.device}{given}"
     if sentence := other_order(a, b, case):
-        return f"{name} has {sentence}{given}"
+        return f"{name}: {sentence}{given}"
     return first_number(name, a, b, case.strict) + given
 
 
@@ -351,11 +364,15 @@ def first_number(name: str, a: Tensor, b: Tensor, strict: bool) -> str:
         off = a != b
     place = tuple(off.nonzero()[0].tolist()) if off.any() else ()
     where = f"[{', '.join(map(str, place))}]" if place else ""
-    return f"{name}{where} is {short(a[place].item())}, right is {short(b[place].item())}"
+    return f"{name}{where} {is_not(a[place].item(), b[place].item())}"
 
 
-def short(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else repr(value)[:80]
+def is_not(a: object, b: object) -> str:
+    """"is 0.145, right is 0.146": in three digits, or as many as it takes to tell them apart."""
+    if not (isinstance(a, float) and isinstance(b, float)):
+        return f"is {a!r:.80}, right is {b!r:.80}"
+    digits = next((digits for digits in range(3, 10) if f"{a:.{digits}g}" != f"{b:.{digits}g}"), 3)
+    return f"is {a:.{digits}g}, right is {b:.{digits}g}"
 
 
 def compare_gradients(check: Check, module: ModuleType, real: ModuleType, case: Case, path: Path) -> None:
