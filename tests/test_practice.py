@@ -220,7 +220,7 @@ WRONG = {
         ("the whole capacity", "[tensor[layer, :, :, :end]", "[tensor[layer]"),
         ("self.length is moved on", "return", "self.length = end\n        return"),
         ("use `layer`", "tensor[layer, :, :, self.length", "tensor[0, :, :, self.length", "[tensor[layer", "[tensor[0"),
-        ("beyond self.capacity, raise ValueError", "raise ValueError(", "str("),
+        ("of yours: compare length + T", "raise ValueError(", "str("),
         ("copies are returned", ":end] for", ":end].clone() for"),
         ("hand out views|torch.cat", "return [torch.cat((tensor[layer, :, :, :self.length], part), 2) "
          "for tensor, part in zip(self.tensors, new)]"),
@@ -643,13 +643,13 @@ def untold(package: str, name: str, wrong: list[tuple], path: Path) -> list[tupl
 @pytest.mark.parametrize("package, name", ALL)
 def test_usual_mistakes_are_told_in_their_own_words(package, name, tmp_path):
     assert len(WRONG[package, name]) >= 5
-    assert untold(package, name, WRONG[package, name][:5], tmp_path) == []
+    assert untold(package, name, WRONG[package, name][:3], tmp_path) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("package, name", ALL)
 def test_more_mistakes_are_told_in_their_own_words(package, name, tmp_path):
-    assert untold(package, name, WRONG[package, name][5:], tmp_path) == []
+    assert untold(package, name, WRONG[package, name][3:], tmp_path) == []
 
 
 @pytest.mark.slow
@@ -713,7 +713,7 @@ def test_a_learners_file_is_one_sentence_whatever_it_is(tmp_path):
             (changed("yield x"), "returns a generator"),
             (changed("raise KeyError('a' * 500)"), f"layers.py, line {line}: KeyError: 'aaa"),
             (changed("print('here', x32.shape)"), f"it prints (layers.py, line {line}): 'here torch.Size"),
-            ("\0", "layers.py, line 1|layers.py cannot be read")):
+            ("\0", "layers.py: Python cannot read it|layers.py cannot be read")):
         found = judged(*RMS, text, tmp_path)
         told = any(one in found["text"] or one == found["state"] for one in wanted.split("|"))
         assert told and len(found["text"]) < 300 and "\n" not in found["text"], (wanted, found)
@@ -746,7 +746,7 @@ def test_what_no_usual_mistake_explains_shows_the_first_difference(tmp_path):
             ("mlp", ("self.up_proj(x)", "(self.up_proj(x) + 3 * x.mean() ** 2)"), r"the result\[0, 0, 0\] is \S+, right is"
              r" \S+ \(for x \(2, 5, 8\)\)"),
             ("mlp", ("return ", "return 0.3 * "), r"all numbers are 0\.3 times what they should be"),
-            ("mlp", ("return ", "return x.mean() if x.ndim == 2 else "), r"only wrong for x \(n, D\): the result has shape"
+            ("mlp", ("return ", "return x.mean() if x.ndim == 2 else "), r"only wrong for x \(n, D\): the shape of the result is"
              r" \(\), wanted is \(B, T, D\) \(6, 8\)"),
             ("rotate", ("x1 * sin), dim=-1)", "x1 * sin), dim=-1).transpose(1, 2)"), r"the right numbers with axes 1 and 2 exchanged"),
             ("sdpa", ("flatten(1, 2)", "flatten(1, 2).double()"), r"the result is float64, wanted is float32")):
@@ -902,25 +902,25 @@ def learner(path: Path, package: str = "qwen3", **bodies: str) -> Path:
 
 @pytest.mark.ahead
 def test_a_loop_without_end_is_ended_and_the_others_are_checked(tmp_path):
-    mine = learner(tmp_path, mlp="while True:\n    pass", rotate="import os\nos._exit(5)",
+    mine = learner(tmp_path, mlp="while True:\n    pass",
                    layer="x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)\n"
                          "return x + self.mlp(self.post_attention_layernorm(x))")
     line = mine.joinpath("layers.py").read_text().splitlines().index("        while True:") + 1
-    found = {one["name"]: one for one in process.verdicts("qwen3", mine, ["mlp", "rotate", "layer"], seconds=0.5)}
+    found = {one["name"]: one for one in process.verdicts("qwen3", mine, ["mlp", "layer", "chat"], seconds=0.5)}
     assert re.match(rf"layers\.py, line ({line}|{line + 1}): still running after 0.5 seconds; a loop", found["mlp"]["text"])
-    assert found["rotate"]["text"].startswith("Python itself ended while this ran (exit code 5)")
-    assert [found[name]["state"] for name in ("mlp", "rotate", "layer")] == ["wrong", "wrong", "right"]
+    assert [found[name]["state"] for name in ("mlp", "layer", "chat")] == ["wrong", "right", "not written"]
 
 
 @pytest.mark.slow
 def test_what_happens_to_the_process_is_one_sentence(tmp_path):
     mine = learner(tmp_path, mlp="return input()", rms_norm="import os\nos.write(1, b'noise')\nos.kill(os.getpid(), 11)",
                    rotate="breakpoint()\nreturn x", sdpa="return torch.empty(10 ** 12)",
-                   kv_cache="x = []\nwhile True:\n    x.append(torch.zeros(1 << 22))",
+                   attention="import os\nos._exit(5)", kv_cache="x = []\nwhile True:\n    x.append(torch.zeros(1 << 22))",
                    layer="import sys\nsys.stderr.write('noise')\nsys.stdout.buffer.write(b'x')")
     found = {one["name"]: one["text"] for one in process.verdicts(
-        "qwen3", mine, ["mlp", "rms_norm", "rotate", "sdpa", "kv_cache", "layer"])}
+        "qwen3", mine, ["mlp", "rms_norm", "rotate", "sdpa", "attention", "kv_cache", "layer"])}
     assert "input() waits for a keyboard" in found["mlp"] and "(SIGSEGV)" in found["rms_norm"]
+    assert found["attention"].startswith("Python itself ended while this ran (exit code 5)")
     assert "breakpoint() stops here" in found["rotate"] and "memory" in found["sdpa"]
     assert "memory" in found["kv_cache"] or "loop without end" in found["kv_cache"]
     assert "AttributeError" in found["layer"]
@@ -961,10 +961,10 @@ def test_the_finished_package_answers(package, tmp_path, capsys):
     # What is no exercise, and broken: each exercise is right alone, and together they say so.
     text = (mine / "layers.py").read_text()
     (mine / "layers.py").write_text(text.replace("angles.cos()", "angles.sin()"))
-    code, out, err = run(capsys, package, "--check", practice=tmp_path)
+    code, out = command.answer(package, mine), capsys.readouterr().out
     assert code == 1 and "answers otherwise" in out and "layers.py: RotaryEmbedding.__call__" in out
     (mine / "layers.py").write_text(text.replace("return x @ self.weight.T", f"from {package}.nothing import x"))
-    code, out, err = run(capsys, package, "--check", practice=tmp_path)
+    code, out = command.answer(package, mine), capsys.readouterr().out
     assert code == 1 and re.search(r"together they do not run: layers\.py, line \d+: ModuleNotFoundError", out)
 
 

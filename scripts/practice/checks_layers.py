@@ -573,14 +573,16 @@ def wrong_attention(i: SimpleNamespace, qnorm=True, knorm=True, norms="own", ord
 
     if norms == "whole":
         a.q_norm(a.q_proj(i.x))
-    if order == "before the heads":
-        real.rotate(a.q_norm(a.q_proj(i.x).view(B, T, -1, N)), i._cos, i._sin)
     q, k, v = cut(a.q_proj(i.x)), cut(a.k_proj(i.x)), cut(a.v_proj(i.x))
     q_norm, k_norm = (a.k_norm, a.q_norm) if norms == "exchanged" else (a.q_norm, a.q_norm if norms == "one"
                                                                        else a.k_norm)
     turned = (lambda y, on: real.rotate(y, i._cos, i._sin) if on in turn else y)
     plain_k = k_norm(k) if knorm else k
-    if order != "rotation first":
+    if order.startswith("too early"):
+        q = real.rotate(q_norm(q).transpose(1, 2), i._cos, i._sin).transpose(1, 2)
+        k = plain_k if order == "too early" else turned(plain_k, "k")
+        k = real.rotate(k.transpose(1, 2), i._cos, i._sin).transpose(1, 2) if order == "too early" else k
+    elif order == "norm first":
         q, k = turned(q_norm(q) if qnorm else q, "q"), turned(plain_k, "k")
     else:
         q, k = turned(q, "q"), turned(k, "k")
@@ -640,8 +642,8 @@ ATTENTION = Check(attention_cases, run_attention, wrong_attention, [
     ({"order": "rotation first"}, "the rotation comes before the norm: the norm's weight differs within a pair, so norm "
                                   "first"),
     ({"norms": "whole"}, "self.q_norm gets all heads together: it norms the N values of each, so cut into heads first"),
-    ({"order": "before the heads"}, "the rotation comes before transpose(1, 2): cos and sin belong to (B, heads, T, N), "
-                                    "and T is not in its place yet"),
+    *[({"order": order}, "the rotation comes before transpose(1, 2): cos and sin belong to (B, heads, T, N), and T is "
+                         "not in its place yet") for order in ("too early", "too early, queries")],
     ({"turn": ""}, "the rotation is missing: rotate queries and keys after their norms"),
     ({"turn": "k"}, "the queries are not rotated"),
     ({"turn": "q"}, "the keys are not rotated"),

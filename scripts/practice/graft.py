@@ -49,7 +49,9 @@ def read(path: Path) -> ast.Module:
     except FileNotFoundError:
         raise Off(f"{path.name} is gone; the command without --check writes it again") from None
     except SyntaxError as error:
-        raise Off(f"{path.name}, line {error.lineno}: Python cannot read this line ({error.msg})") from None
+        where = f"{path.name}, line {error.lineno}: Python cannot read this line" if error.lineno else \
+            f"{path.name}: Python cannot read it"
+        raise Off(f"{where} ({error.msg})") from None
     except (OSError, ValueError) as error:  # not to be read, not UTF-8, null bytes
         raise Off(f"{path.name} cannot be read: {str(error)[:120]}") from None
 
