@@ -1,4 +1,4 @@
-"""The workshop: solutions are right, usual mistakes are told in the right words, and nothing that a learner writes harms.
+"""The workshop: solutions are right, usual mistakes are told in the right words, and what a learner writes never harms.
 
 The wrong answers are pieces of the real body with something changed, or bodies of their own.
 """
@@ -92,7 +92,8 @@ WRONG = {
         ("a triangle of your own", "~mask[..., None, :, :]", "~torch.ones_like(scores, dtype=torch.bool).tril()"),
         ("over the queries", "softmax(-1)", "softmax(-2)"),
         ("repeat_interleave, not repeat", "k, v = k.repeat(1, q.shape[1] // k.shape[1], 1, 1), "
-         "v.repeat(1, q.shape[1] // v.shape[1], 1, 1)\nscores = (q @ k.mT * self.scale).masked_fill(~mask, -torch.inf)\n"
+         "v.repeat(1, q.shape[1] // v.shape[1], 1, 1)\nscores = (q @ k.mT * self.scale).masked_fill(~mask, "
+         "-torch.inf)\n"
          "return scores.softmax(-1) @ v"),
         ("exp overflows", "scores.float().softmax(-1)", "(scores.float().exp() / scores.float().exp().sum(-1, True))"),
         ("the weights are multiplied by the keys", "weights, v)", "weights, k)"),
@@ -126,7 +127,8 @@ WRONG = {
         ("norm first", "rotate(self.q_norm(q).transpose(1, 2), cos, sin)",
          "self.q_norm(rotate(q.transpose(1, 2), cos, sin))", "rotate(self.k_norm(k).transpose(1, 2), cos, sin)",
          "self.k_norm(rotate(k.transpose(1, 2), cos, sin))"),
-        ("the rotation is missing", "rotate(self.q_norm(q).transpose(1, 2), cos, sin)", "self.q_norm(q).transpose(1, 2)",
+        ("the rotation is missing", "rotate(self.q_norm(q).transpose(1, 2), cos, sin)",
+         "self.q_norm(q).transpose(1, 2)",
          "rotate(self.k_norm(k).transpose(1, 2), cos, sin)", "self.k_norm(k).transpose(1, 2)"),
         ("the keys are not rotated", "rotate(self.k_norm(k).transpose(1, 2), cos, sin)",
          "self.k_norm(k).transpose(1, 2)"),
@@ -147,7 +149,8 @@ WRONG = {
         ("the values are rotated", "if cache", "v = rotate(v, cos, sin)\n        if cache"),
     ],
     ("qwen3", "mlp"): [
-        ("wrong projection", "F.silu(self.gate_proj(x)) * self.up_proj(x)", "self.gate_proj(x) * F.silu(self.up_proj(x))"),
+        ("wrong projection", "F.silu(self.gate_proj(x)) * self.up_proj(x)", "self.gate_proj(x) * "
+                                                                            "F.silu(self.up_proj(x))"),
         ("silu is missing", "F.silu(self.gate_proj(x))", "self.gate_proj(x)"),
         ("this is relu", "F.silu", "F.relu"),
         ("this is gelu", "F.silu", "F.gelu"),
@@ -301,7 +304,8 @@ WRONG = {
         ("works for", "y = x * 0\nfor e in range(len(self)):\n    out = self[e](x)\n"
          "    y = y + out * ((topk_ids == e) * weights).sum(1, keepdim=True).to(x.dtype)\nreturn y"),
         ("expert 0 runs 7 times for 7 tokens", "y = x * 0\nfor t in range(len(x)):\n"
-         "    for a in range(topk_ids.shape[1]):\n        y[t] += weights[t, a] * self[int(topk_ids[t, a])](x[t:t + 1])[0]\n"
+         "    for a in range(topk_ids.shape[1]):\n        y[t] += weights[t, a] * self[int(topk_ids[t, a])](x[t:t + "
+         "1])[0]\n"
          "return y"),
         ("so that one choice alone counts", "y = torch.zeros_like(x)\nfor e in topk_ids.unique().tolist():\n"
          "    token, place = (topk_ids == e).nonzero(as_tuple=True)\n    results = self[e](x[token])\n"
@@ -331,7 +335,8 @@ WRONG = {
         ("P_e is a sum", "probabilities.mean(0)", "probabilities.sum(0)"),
         ("minlength=E", ", minlength=E", ""),
         ("no gradient flows", "probabilities.mean(0)", "probabilities.detach().mean(0)"),
-        ("only the first choice", "f = torch.bincount(topk_ids[:, 0], minlength=probabilities.shape[1]) / len(topk_ids)\n"
+        ("only the first choice", "f = torch.bincount(topk_ids[:, 0], minlength=probabilities.shape[1]) / "
+                                  "len(topk_ids)\n"
          "return probabilities.shape[1] * (f * probabilities.mean(0)).sum()"),
     ],
     ("deepseek_v3", "latents"): [
@@ -478,7 +483,8 @@ RIGHT = {
                             "return self.weight * (y / torch.sqrt(r)).to(x.dtype)",
                             "y = x.float()\ny = y * (y.pow(2).sum(-1, True) / y.shape[-1] + self.eps).pow(-0.5)\n"
                             "return y.type_as(x) * self.weight"],
-    ("qwen3", "inverse_frequencies"): ["period = torch.tensor([config.rope_theta ** (2 * j / N) for j in range(N // 2)],"
+    ("qwen3", "inverse_frequencies"): ["period = torch.tensor([config.rope_theta ** (2 * j / N) for j in range(N // "
+                                       "2)],"
                                        " device='cpu')"],
     ("qwen3", "rotate"): ["half = x.shape[-1] // 2\nother = torch.cat((-x[..., half:], x[..., :half]), -1)\n"
                           "return x * torch.cat((cos, cos), -1) + other * torch.cat((sin, sin), -1)"],
@@ -488,7 +494,8 @@ RIGHT = {
                         "return (e / e.sum(-1, keepdim=True)).to(q.dtype) @ v",
                         "return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, "
                         "enable_gqa=True)"],
-    ("qwen3", "attention_mask"): ["S = first + T\nmask = torch.ones(T, S, dtype=torch.bool, device=device).tril(first)\n"
+    ("qwen3", "attention_mask"): ["S = first + T\nmask = torch.ones(T, S, dtype=torch.bool, "
+                                  "device=device).tril(first)\n"
                                   "if padding is not None:\n    seen = torch.arange(S, device=device) >= padding\n"
                                   "    own = torch.eye(S, dtype=torch.bool, device=device)[first:]\n"
                                   "    mask = (mask & seen[:, None, None, :]) | own\nreturn mask"],
@@ -513,7 +520,8 @@ RIGHT = {
                             "    self.tensors[i][layer].narrow(2, n, T).copy_(new[i])\n"
                             "    out.append(self.tensors[i][layer].narrow(2, 0, n + T))\nreturn tuple(out)"],
     ("qwen3", "top_k_top_p"): ["x = logits.float()\nx = (x - x.amax(-1, keepdim=True)) / temperature\n"
-                               "x, ids = x.sort(descending=True)\nk = top_k or x.shape[-1]\nx, ids = x[:, :k], ids[:, :k]\n"
+                               "x, ids = x.sort(descending=True)\nk = top_k or x.shape[-1]\nx, ids = x[:, :k], "
+                               "ids[:, :k]\n"
                                "p = x.softmax(-1)\nkeep = torch.ones_like(p, dtype=torch.bool)\n"
                                "if top_p is not None and top_p < 1:\n    keep &= p.cumsum(-1) - p < top_p\nif min_p:\n"
                                "    keep &= p >= min_p * p[:, :1]\nreturn torch.where(keep, p, 0.0), ids"],
@@ -524,7 +532,8 @@ RIGHT = {
     ("qwen3_moe", "router"): ["p = torch.softmax(self.logits(x), dim=-1, dtype=torch.float32)\n"
                               "w, i = torch.topk(p, self.num_experts_per_tok, dim=-1)\nif self.norm_topk_prob:\n"
                               "    w /= w.sum(dim=-1, keepdim=True)\nreturn w.to(x.dtype), i"],
-    ("qwen3_moe", "mixture"): ["rows = []\nfor t, token in enumerate(x):\n    rows.append(sum(w * experts[e](token) for w, e "
+    ("qwen3_moe", "mixture"): ["rows = []\nfor t, token in enumerate(x):\n    rows.append(sum(w * experts[e](token) "
+                               "for w, e "
                                "in zip(weights[t], topk_ids[t].tolist())))\nreturn torch.stack(rows)"],
     ("qwen3_moe", "dispatch"): ["y = torch.zeros_like(x)\nfor e, expert in enumerate(self):\n"
                                 "    token, place = torch.where(topk_ids == e)\n    if len(token):\n"
@@ -556,10 +565,12 @@ RIGHT = {
                                   "a = s.masked_fill(~mask, float('-inf')).float().softmax(-1).to(c.dtype)\n"
                                   "return (a @ c) @ W[:, N:].mT"],
     ("deepseek_v3", "deinterleave"): ["return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)"],
-    ("deepseek_v3", "softmax_scale"): ["n = config.qk_nope_head_dim + config.qk_rope_head_dim\ns = config.rope_scaling\n"
+    ("deepseek_v3", "softmax_scale"): ["n = config.qk_nope_head_dim + config.qk_rope_head_dim\ns = "
+                                       "config.rope_scaling\n"
                                        "m = 1.0\nif s is not None and s.mscale_all_dim:\n"
                                        "    m = mscale(s.factor, s.mscale_all_dim)\nreturn m * m / n ** 0.5"],
-    ("deepseek_v3", "router"): ["s = torch.sigmoid(self.logits(x))\nc = s + self.e_score_correction_bias\nn, E = s.shape\n"
+    ("deepseek_v3", "router"): ["s = torch.sigmoid(self.logits(x))\nc = s + self.e_score_correction_bias\nn, E = "
+                                "s.shape\n"
                                 "G = self.n_group\nif G > 1:\n    g = c.view(n, G, E // G)\n"
                                 "    best = g.sort(-1, descending=True).values[..., :2].sum(-1)\n"
                                 "    keep = torch.zeros(n, G, dtype=torch.bool)\n"
@@ -701,7 +712,8 @@ def test_a_learners_file_is_one_sentence_whatever_it_is(tmp_path):
              "the forward of class RMSNorm is gone; uv run python -m scripts.practice qwen3 --again rms_norm"),
             ("import no_such_module\n" + source, "layers.py, line 1: ModuleNotFoundError: No module named"),
             (source + "\nx = 1 / 0\n", f"layers.py, line {source.count(chr(10)) + 2}: ZeroDivisionError"),
-            (source.replace("def forward(self, x: Tensor) -> Tensor:\n        # In", "def forward(self, y):\n        # In"),
+            (source.replace("def forward(self, x: Tensor) -> Tensor:\n        # In", "def forward(self, y):\n       "
+                                                                                     " # In"),
              "line 30: the parameters of forward must stay (self, x), they are (self, y)"),
             (changed("exit()"), f"layers.py, line {line}: it ends the program (exit)"),
             (changed("breakpoint"), "right"),
@@ -734,7 +746,8 @@ def test_each_exercise_is_checked_alone(tmp_path):
     assert judged("qwen3", "rotate", text, tmp_path) == {"state": "right", "text": ""}
     assert judged("qwen3", "attention", text, tmp_path)["state"] == "not written"
     body = "x32 = x.float()\nreturn self.weight * self.sized(x32).to(x.dtype)"
-    text = with_body(*RMS, body).replace("        self.eps = eps\n", "        self.epsilon = eps\n\n    def sized(self, x):\n"
+    text = with_body(*RMS, body).replace("        self.eps = eps\n", "        self.epsilon = eps\n\n    def "
+                                                                     "sized(self, x):\n"
                                          "        return x * (x.square().mean(-1, True) + self.epsilon) ** -0.5\n", 1)
     assert judged(*RMS, text, tmp_path) == {"state": "right", "text": ""}
     text = with_body("qwen3", "attention_mask", "return super_mask(first, T, padding, device)")
@@ -743,12 +756,15 @@ def test_each_exercise_is_checked_alone(tmp_path):
 
 def test_what_no_usual_mistake_explains_shows_the_first_difference(tmp_path):
     for name, changes, wanted in (
-            ("mlp", ("self.up_proj(x)", "(self.up_proj(x) + 3 * x.mean() ** 2)"), r"the result\[0, 0, 0\] is \S+, right is"
+            ("mlp", ("self.up_proj(x)", "(self.up_proj(x) + 3 * x.mean() ** 2)"), r"the result\[0, 0, 0\] is \S+, "
+                                                                                  r"right is"
              r" \S+ \(for x \(2, 5, 8\)\)"),
             ("mlp", ("return ", "return 0.3 * "), r"all numbers are 0\.3 times what they should be"),
-            ("mlp", ("return ", "return x.mean() if x.ndim == 2 else "), r"only wrong for x \(n, D\): the shape of the result is"
+            ("mlp", ("return ", "return x.mean() if x.ndim == 2 else "), r"only wrong for x \(n, D\): the shape of "
+                                                                         r"the result is"
              r" \(\), wanted is \(B, T, D\) \(6, 8\)"),
-            ("rotate", ("x1 * sin), dim=-1)", "x1 * sin), dim=-1).transpose(1, 2)"), r"the right numbers with axes 1 and 2 exchanged"),
+            ("rotate", ("x1 * sin), dim=-1)", "x1 * sin), dim=-1).transpose(1, 2)"), r"the right numbers with axes "
+                                                                                     r"1 and 2 exchanged"),
             ("sdpa", ("flatten(1, 2)", "flatten(1, 2).double()"), r"the result is float64, wanted is float32")):
         found = judged("qwen3", name, with_changes("qwen3", name, *changes), tmp_path)
         assert found["state"] == "wrong" and re.search(wanted, found["text"]), (wanted, found)
@@ -787,7 +803,8 @@ def test_the_folder_is_the_package_with_the_bodies_taken_out(package, tmp_path, 
         source = exercises.source_path(package, exercise.file).read_text("utf-8")
         assert ast.get_docstring(node) == ast.get_docstring(exercises.find(ast.parse(source), exercise.target))
         heading = exercises.section(package, exercise)
-        assert heading and re.search(rf"^##+ +{re.escape(heading)} *$", (ROOT / package / "README.md").read_text(), re.M)
+        page = (ROOT / package / "README.md").read_text("utf-8")
+        assert heading and re.search(rf"^##+ +{re.escape(heading)} *$", page, re.M)
 
 
 def test_what_a_learner_wrote_is_never_lost(tmp_path, capsys):
@@ -907,15 +924,18 @@ def test_a_loop_without_end_is_ended_and_the_others_are_checked(tmp_path):
                          "return x + self.mlp(self.post_attention_layernorm(x))")
     line = mine.joinpath("layers.py").read_text().splitlines().index("        while True:") + 1
     found = {one["name"]: one for one in process.verdicts("qwen3", mine, ["mlp", "layer", "chat"], seconds=0.5)}
-    assert re.match(rf"layers\.py, line ({line}|{line + 1}): still running after 0.5 seconds; a loop", found["mlp"]["text"])
+    told = rf"layers\.py, line ({line}|{line + 1}): still running after 0.5 seconds; a loop"
+    assert re.match(told, found["mlp"]["text"])
     assert [found[name]["state"] for name in ("mlp", "layer", "chat")] == ["wrong", "right", "not written"]
 
 
 @pytest.mark.slow
 def test_what_happens_to_the_process_is_one_sentence(tmp_path):
-    mine = learner(tmp_path, mlp="return input()", rms_norm="import os\nos.write(1, b'noise')\nos.kill(os.getpid(), 11)",
+    mine = learner(tmp_path, mlp="return input()", rms_norm="import os\nos.write(1, b'noise')\nos.kill(os.getpid(), "
+                                                            "11)",
                    rotate="breakpoint()\nreturn x", sdpa="return torch.empty(10 ** 12)",
-                   attention="import os\nos._exit(5)", kv_cache="x = []\nwhile True:\n    x.append(torch.zeros(1 << 22))",
+                   attention="import os\nos._exit(5)", kv_cache="x = []\nwhile True:\n    x.append(torch.zeros(1 << "
+                                                                "22))",
                    layer="import sys\nsys.stderr.write('noise')\nsys.stdout.buffer.write(b'x')")
     found = {one["name"]: one["text"] for one in process.verdicts(
         "qwen3", mine, ["mlp", "rms_norm", "rotate", "sdpa", "attention", "kv_cache", "layer"])}
@@ -958,6 +978,8 @@ def test_the_finished_package_answers(package, tmp_path, capsys):
     assert code == 0 and f"{count} of {count} right\n" in out and not err
     assert out.splitlines()[-2].strip().startswith("RoPE ") and out.splitlines()[-1].startswith("Congratulations: ")
 
+    if package != "qwen3":
+        return
     # What is no exercise, and broken: each exercise is right alone, and together they say so.
     text = (mine / "layers.py").read_text()
     (mine / "layers.py").write_text(text.replace("angles.cos()", "angles.sin()"))

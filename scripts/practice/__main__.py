@@ -210,7 +210,8 @@ def main(words: list[str] | None = None, practice: Path = ROOT / "practice") -> 
     except ValueError as error:
         print(f"practice: {error}", file=sys.stderr)
     except OSError as error:
-        reason = str(error) if error.strerror is None else f"{shown(Path(error.filename or practice))}: {error.strerror}"
+        where = shown(Path(error.filename or practice))
+        reason = str(error) if error.strerror is None else f"{where}: {error.strerror}"
         print(f"practice: {reason}", file=sys.stderr)
     return 2
 

@@ -846,7 +846,8 @@ def exact_verify(i: SimpleNamespace, keep="ratio", rest="missing", kept="draft")
     """The probabilities, which every right way of drawing has; options for wrong ones."""
     p, q, d = i._truth.double(), i._guess.double(), i._drafted
     a = {"ratio": min(1, p[d] / q[d]), "always": 1.0, "never": 0.0, "truth": p[d], "guess": q[d],
-         "inverse": min(1, q[d] / max(p[d], 1e-12)), "larger": float(p[d] >= q[d]), "difference": min(1, abs(p[d] - q[d])),
+         "inverse": min(1, q[d] / max(p[d], 1e-12)), "larger": float(p[d] >= q[d]),
+         "difference": min(1, abs(p[d] - q[d])),
          "half": 0.5, "likeliest": float(p.argmax() == d), "product": p[d] * q[d],
          "one minus": 1 - min(1, p[d] / q[d])}[keep]
     missing = (p - q).clamp(min=0)
@@ -881,7 +882,8 @@ VERIFY_MISTAKES = [
                             "min(1, truth/guess), whichever it is"),
     ({"keep": "likeliest", "rest": "truth"}, "the draft is kept only where it is the model's likeliest token: with "
                                              "probability min(1, truth/guess), whichever it is"),
-    ({"keep": "likeliest", "rest": "likeliest"}, "this is greedy decoding: with probabilities, keep by chance and draw"),
+    ({"keep": "likeliest", "rest": "likeliest"}, "this is greedy decoding: with probabilities, keep by chance and "
+                                                 "draw"),
     ({"keep": "one minus"}, "the draft is rejected with the probability with which it is to be kept: the comparison is "
                             "the wrong way round"),
     ({"keep": "difference"}, "the draft is kept with probability |truth - guess|: min(1, truth/guess)"),
@@ -893,7 +895,8 @@ VERIFY_MISTAKES = [
     ({"rest": "absolute"}, "after a rejection it is drawn from |truth - guess|: where the guess was too large nothing "
                            "is missing, so clamp at 0"),
     ({"rest": "surplus"}, "after a rejection it is drawn from (guess - truth): it is (truth - guess) that is missing"),
-    ({"rest": "likeliest"}, "after a rejection one token is taken for certain (argmax): draw from (truth - guess) above "
+    ({"rest": "likeliest"}, "after a rejection one token is taken for certain (argmax): draw from (truth - guess) "
+                            "above "
                           "0"),
     ({"rest": "even"}, "after a rejection it is drawn evenly: draw from (truth - guess) above 0"),
     ({"rest": "others"}, "after a rejection it is drawn from the truth without the draft: draw from (truth - guess) "

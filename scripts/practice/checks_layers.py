@@ -84,7 +84,8 @@ def explain_rms(a: object, b: object, case: Case) -> str | None:
 
 
 RMS = Check(rms_cases, run_rms, wrong_rms, [
-    ({"rounding": "after the weight"}, "you round after multiplying by the weight: first .to(x.dtype), then the weight"),
+    ({"rounding": "after the weight"}, "you round after multiplying by the weight: first .to(x.dtype), then the "
+                                       "weight"),
     ({"weight": "first"}, "you normalize after multiplying by the weight: the weight comes last"),
     ({"weight": "missing"}, "self.weight is missing: multiply by it at the end"),
     ({"weight": "plus"}, "the weight is added: multiply by it"),
@@ -639,7 +640,8 @@ ATTENTION = Check(attention_cases, run_attention, wrong_attention, [
     ({"norms": "exchanged"}, "q_norm and k_norm are exchanged"),
     ({"norms": "one"}, "the keys go through self.q_norm: they have self.k_norm"),
     ({"vnorm": True}, "the values are normed: only queries and keys are"),
-    ({"order": "rotation first"}, "the rotation comes before the norm: the norm's weight differs within a pair, so norm "
+    ({"order": "rotation first"}, "the rotation comes before the norm: the norm's weight differs within a pair, so "
+                                  "norm "
                                   "first"),
     ({"norms": "whole"}, "self.q_norm gets all heads together: it norms the N values of each, so cut into heads first"),
     *[({"order": order}, "the rotation comes before transpose(1, 2): cos and sin belong to (B, heads, T, N), and T is "

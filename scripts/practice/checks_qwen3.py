@@ -268,8 +268,10 @@ def explain_transformer(a: object, b: object, case: Case) -> str | None:
 TRANSFORMER = Check(transformer_cases, run_transformer, wrong_transformer, [
     ({"first": "zero"}, "the tokens in the cache are forgotten: positions and mask begin at cache.length, not at 0"),
     ({"first": "mask only"}, "the positions begin at 0 with tokens in the cache: they begin at cache.length"),
-    ({"padded": "mask"}, "the positions count the padding: subtract cache.padding, so that each row's text begins at 0"),
-    ({"padded": False}, "the padding is forgotten: positions are slot minus cache.padding, and attention_mask wants it"),
+    ({"padded": "mask"}, "the positions count the padding: subtract cache.padding, so that each row's text begins "
+                         "at 0"),
+    ({"padded": False}, "the padding is forgotten: positions are slot minus cache.padding, and attention_mask wants "
+                        "it"),
     ({"mask": "without padding"}, "attention_mask does not get the padding: cache.padding"),
     ({"start": 1}, "the positions begin at 1: the first token of a text has position 0"),
     ({"mask": "none"}, "the mask is not the causal one of attention_mask"),

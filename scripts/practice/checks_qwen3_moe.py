@@ -269,9 +269,11 @@ MIXTURE = Check(mixture_cases, run_mixture, wrong_mixture, MIXTURES, shape="(n, 
 DISPATCH = Check(dispatch_cases, run_dispatch, wrong_mixture, [
     *MIXTURES, ({"kind": "float32"}, "the result is float32: it has the type of x")],
     shape="(n, D)", explain=explain_mixture, after=after_dispatch,
-    errors={"out of bounds for dimension 1": "weights and topk_ids have A columns: the second index is the place of the "
+    errors={"out of bounds for dimension 1": "weights and topk_ids have A columns: the second index is the place of "
+                                             "the "
                                              "choice, not the expert's number",
-            "at non-singleton dimension 1": "the weights (m,) need an axis for the D values: weights[token, place, None]",
+            "at non-singleton dimension 1": "the weights (m,) need an axis for the D values: weights[token, place, "
+                                            "None]",
             "dtypes match": "results and x have different types: keep the type of x"})
 
 

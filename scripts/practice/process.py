@@ -1,4 +1,4 @@
-"""Checks run in another process (worker.py), which may hang or crash without harm; here it is started and listened to."""
+"""Checks run in another process (worker.py), which may hang or crash without harm. Here it is started and heard."""
 
 import json
 import os

@@ -68,7 +68,8 @@ TASKS = (
              "self.norm_topk_prob, and multiplied by self.routed_scaling_factor in any case. Return weights (n, A) "
              "float32, and ids (n, A).",
              ("Keep two tensors: `choice`, which only chooses, and `scores`, from which the weights are gathered.",
-              "choice.unflatten(-1, (self.n_group, -1)).topk(2).values.sum(-1) is what the groups are worth. Experts of "
+              "choice.unflatten(-1, (self.n_group, -1)).topk(2).values.sum(-1) is what the groups are worth. "
+              "Experts of "
               "other groups get -inf and not 0: a bias may make all allowed numbers negative.",
               "topk_ids = choice.topk(self.num_experts_per_tok).indices; weights = scores.gather(1, topk_ids); divide "
               "by weights.sum(-1, keepdim=True) + 1e-20; times self.routed_scaling_factor"),

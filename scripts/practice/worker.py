@@ -106,7 +106,8 @@ def judged(package: str, name: str, folder: Path) -> dict:
 
 def load(name: str, folder: Path):
     """A folder as the package of that name; what it imports of itself is in the folder."""
-    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py",
+                                                  submodule_search_locations=[str(folder)])
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
