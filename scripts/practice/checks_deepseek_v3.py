@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepseek_v3 import layers, mla as real_mla, model as real_model, moe as real_moe, speculative, yarn as real_yarn
+from deepseek_v3 import layers, mla as real_mla, model as real_model, moe as real_moe, yarn as real_yarn
 from deepseek_v3.config import Config, Yarn
 
-from . import solutions
 from .exercises import PACKAGES, ROOT
 from .graft import Off
 from .judge import Case, Check, fill, normal
@@ -77,7 +76,7 @@ def run_latents(module: ModuleType, i: SimpleNamespace) -> tuple:
 
 
 def wrong_latents(i: SimpleNamespace, turned="qk", norm="latent", paired="both", qnorm=True, qsplit="nope first",
-                  ksplit="latent first", heads="right", joined="right", order="pair first", nope=False) -> tuple:
+                  ksplit="latent first", heads="right", joined="right", order="pair first") -> tuple:
     a = mla_of(real_mla, i._rank, i._interleave)
     if i._rank is None:
         q = a.q_proj(i.x)
@@ -189,8 +188,7 @@ def run_form(name: str):
 
 
 def wrong_form(i: SimpleNamespace, order="key first", rope=True, nope=True, heads="right", values="v", c="right",
-               query="right", split="latent first", mask=True, scale=1.0, last=True, matrices="right",
-               position="shared") -> Tensor:
+               query="right", split="latent first", mask=True, scale=1.0, position="shared") -> Tensor:
     a = mla_of(real_mla, dtype=i.latents.dtype)
     latent, k_rope = i.latents.split((R, P), -1)
     if split == "rope first":
@@ -487,7 +485,7 @@ def scale_cases() -> list[Case]:
                 (yarn(mscale_all_dim=0.0), 16, 8, ("with YaRN and without mscale_all_dim",)))]
 
 
-def wrong_scale(i: SimpleNamespace, size="both", power=2, m="all", root=True, up=False, always=False, kind=float):
+def wrong_scale(i: SimpleNamespace, size="both", power=2, m="all", root=True, up=False, kind=float):
     c = i._config
     n = {"both": c.qk_nope_head_dim + c.qk_rope_head_dim, "nope": c.qk_nope_head_dim, "rope": c.qk_rope_head_dim,
          "value": c.v_head_dim, "latent": c.kv_lora_rank + c.qk_rope_head_dim,
@@ -768,7 +766,7 @@ def join_of(module: ModuleType, dtype: torch.dtype) -> nn.Module:
 
 
 def wrong_join(i: SimpleNamespace, order="embedding first", enorm=True, hnorm=True, norms="own", project=True,
-               how="cat", after=False) -> Tensor:
+               how="cat") -> Tensor:
     layer = join_of(real_model, i.embedded.dtype)
     e, h = (layer.hnorm, layer.enorm) if norms == "exchanged" else (layer.enorm, layer.hnorm)
     if norms == "one":
@@ -842,7 +840,7 @@ def run_verify(module: ModuleType, i: SimpleNamespace) -> tuple:
     return (torch.tensor(counts) / DRAWS,)
 
 
-def exact_verify(i: SimpleNamespace, keep="ratio", rest="missing", kept="draft") -> tuple:
+def exact_verify(i: SimpleNamespace, keep="ratio", rest="missing") -> tuple:
     """The probabilities, which every right way of drawing has; options for wrong ones."""
     p, q, d = i._truth.double(), i._guess.double(), i._drafted
     a = {"ratio": min(1, p[d] / q[d]), "always": 1.0, "never": 0.0, "truth": p[d], "guess": q[d],

@@ -131,7 +131,7 @@ def run_frequencies(module: ModuleType, i: SimpleNamespace) -> tuple[Tensor, flo
 
 
 def wrong_frequencies(i: SimpleNamespace, exponent="2j/N", theta=None, invert=False, factor=1.0, start=0, flip=False,
-                      dtype=torch.float32, size=None, everywhere=True, short=False) -> tuple[Tensor, float]:
+                      dtype=torch.float32, size=None, everywhere=True) -> tuple[Tensor, float]:
     c = i._config
     N = {"hidden": c.hidden_size // c.num_attention_heads, "half": c.head_dim // 2}.get(size, c.head_dim)
     j = torch.arange(start, N // 2 + start, dtype=torch.float32)
@@ -210,7 +210,7 @@ def rotate_cases() -> list[Case]:
     return cases
 
 
-def wrong_rotate(i: SimpleNamespace, pairs="half", back="half", sign=1, formula="right", wide=False, swap=False,
+def wrong_rotate(i: SimpleNamespace, pairs="half", back="half", sign=1, formula="right", swap=False,
                  order=1) -> Tensor:
     x, cos, sin = i.x, i._cos, sign * i._sin
     if swap:
@@ -803,7 +803,7 @@ def run_mlp(module: ModuleType, i: SimpleNamespace) -> Tensor:
 
 
 def wrong_mlp(i: SimpleNamespace, activation="silu", on="gate", parts="both", join="times", down=True,
-              residual=False, swap=False) -> Tensor:
+              residual=False) -> Tensor:
     m = fill(real.MLP(8, 14), 5, i.x.dtype)
     act = {"silu": F.silu, "none": lambda y: y, "relu": F.relu, "gelu": F.gelu, "sigmoid": torch.sigmoid,
            "tanh": torch.tanh, "gelu tanh": lambda y: F.gelu(y, approximate="tanh"), "softmax": lambda y: y.softmax(-1),

@@ -490,7 +490,7 @@ def wrong_sampling(i: SimpleNamespace, temperature="divides", k="right", p="righ
     def cut_k(values: Tensor) -> Tensor:
         return values.masked_fill(torch.arange(V) >= count, -torch.inf)
 
-    def cut_p(values: Tensor, before_k: bool = False) -> Tensor:
+    def cut_p(values: Tensor) -> Tensor:
         if top_p >= 1:
             return values
         q = values.softmax(-1)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from qwen3_moe import moe as real
 from qwen3_moe.config import Config
-from qwen3_moe.layers import MLP
 from scripts.train.checks import BALANCE_MISTAKES
 
 from . import solutions
@@ -291,7 +290,7 @@ def block_of(module: ModuleType, i: SimpleNamespace) -> nn.Module:
 
 
 def wrong_block(i: SimpleNamespace, shared="gated", flat="right", shape=True, residual=False, routed=True,
-                weights="right", ids="right", on="shared") -> Tensor:
+                weights="right") -> Tensor:
     block = block_of(real, i)
     if flat == "tokens first":
         tokens = i.x.transpose(0, 1).flatten(0, 1)
