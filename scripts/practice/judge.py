@@ -354,7 +354,7 @@ def other_order(a: Tensor, b: Tensor, case: Case) -> str | None:
 
 
 def first_number(name: str, a: Tensor, b: Tensor, strict: bool) -> str:
-    """The first number of `a` that is not that of `b`, of one shape; "" where all are near enough."""
+    """In words, the first number of `a` that is not that of `b`; both have one shape, and they differ."""
     if b.is_floating_point():
         x, y = a.double(), b.double()
         largest = y[y.isfinite()].abs().max().item() if y.isfinite().any() else 1.0
