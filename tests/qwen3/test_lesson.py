@@ -76,3 +76,21 @@ def test_looking_is_not_causing(off, begins, monkeypatch):
 def test_without_the_gate_it_is_noise(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert "RoPE" not in answer("silu(x @ w(\"mlp.gate_proj\").T) * ", "")
+
+
+@pytest.mark.parametrize("question, depth, word, chance", [("What is the KV cache?", 4, "The", 0.96),
+                                                           ("What is 3 + 4?", 5, "7", 0.59)])
+def test_the_lens_sees_the_answers_where_the_page_says(question, depth, word, chance, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page: dict = {}
+    exec(BLOCKS[0] + BLOCKS[1].replace("print(answer())", ""), page)
+    W, c, tokenizer = page["W"], page["c"], page["tokenizer"]
+    x = W["model.embed_tokens.weight"][page["torch"].tensor(
+        tokenizer.chat([{"role": "user", "content": question}], thinking=False))]
+    said = []
+    for i in range(c.num_hidden_layers + 1):
+        chances = (page["rms_norm"](x[-1], W["model.norm.weight"]) @ W["lm_head.weight"].T).softmax(-1)
+        said.append((tokenizer.decode([int(chances.argmax())]), float(chances.max())))
+        x = page["layer"](x, page["part"](W, i), c) if i < c.num_hidden_layers else x
+    assert said[depth] == (word, pytest.approx(chance, abs=0.02)) and said[depth - 1][0] != word
+    assert f"`{word}` comes at depth {depth}" in PAGE and f"{chance:.0%}".replace("%", " %") in PAGE
