@@ -83,6 +83,14 @@ class Job:
                 "thinking": conversation.thinking, "chat format": conversation.tokenizer.format,
                 "dtype": asked.dtype, "plain": asked.plain}
 
+    def say(self, notes: Iterable[str]) -> None:
+        """What the user should know; flags without effect are not for prompts with settings of their own."""
+        conversation = self.conversation
+        own = any("temperature" in prompt.settings for prompt in self.prompts)
+        for text in (*notes, *((*conversation.config.notes, *conversation.tokenizer.notes) if own else
+                               conversation.notes())):
+            note(f"note: {text}")
+
     def run(self, model: Model, indices: Iterable[int], rows: int, write: Callable[[dict], None],
             count: Callable[[int, list[Row]], None]) -> None:
         """Answer these prompts; `write` takes each answer, `count` each step's tokens and the rows that ended."""
@@ -112,7 +120,7 @@ def default_device() -> str:
 
 
 def split_answer(tokenizer: Tokenizer, prompt_ids: list[int], ids: list[int]) -> tuple[str, str]:
-    """(thought, answer), with the white space that terminal.show_answer prints."""
+    """(thought, answer), the answer with the white space that terminal.show_answer prints."""
     parts: list[list] = []  # [is it reasoning?, text]
     for thinking, piece in segments(tokenizer, prompt_ids, iter(ids)):
         if parts and parts[-1][0] == thinking:
@@ -124,7 +132,7 @@ def split_answer(tokenizer: Tokenizer, prompt_ids: list[int], ids: list[int]) ->
         if text.strip():
             first = thinking or not texts[False] or texts[False].endswith("\n")
             texts[thinking] += text.lstrip("\n") if first else text
-    return texts[True], texts[False]
+    return texts[True].strip("\n"), texts[False]
 
 
 def answer_file(conversation: Conversation, notes: Iterable[str]) -> None:
@@ -135,8 +143,7 @@ def answer_file(conversation: Conversation, notes: Iterable[str]) -> None:
         return take_part(conversation, notes)
     replicas = conversation.arguments.data_parallel or 1
     job = Job(conversation, progress("checking prompt"))
-    for text in (*notes, *conversation.notes()):
-        note(f"note: {text}")
+    job.say(notes)
     output = find_output(job)
     if output is None:
         if replicas > 1:

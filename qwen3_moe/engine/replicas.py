@@ -36,7 +36,7 @@ from .prepare import read_checkpoint
 from .progress import Progress, kept
 from .terminal import PACKAGE, note, one_line, sentence
 
-NEXT, READY, ERROR, END = "batch/next", "batch/ready", "batch/error", "batch/end"  # keys of the store
+NEXT, READY, FAILED, END = "batch/next", "batch/ready", "batch/failed", "batch/end"  # keys of the store
 COUNTED = ("tokens", "done", "stop", "length", "error")
 DAYS = timedelta(days=100)
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,18 +159,18 @@ def one_round(job: Job, replicas: int, place: tuple, shown: Progress, before: di
             processes[-1].stdin.flush()
         said = set()
         while running := [process for process in processes if process.poll() is None]:
-            if store.check([ERROR]):
-                raise ValueError(store.get(ERROR).decode())
+            if store.check([FAILED]):
+                raise ValueError(store.get(FAILED).decode())
             for number, process in enumerate(processes):
-                if process.poll() and number not in said and not store.check([ERROR]):
+                if process.poll() and number not in said and not store.check([FAILED]):
                     said.add(number)
                     shown.clear()
                     note(f"replica {number} was ended (exit code {process.returncode})"
                          + (": the others go on" if running else ""))
             show(shown, store, before)
             time.sleep(0.1)
-        if store.check([ERROR]):
-            raise ValueError(store.get(ERROR).decode())
+        if store.check([FAILED]):
+            raise ValueError(store.get(FAILED).decode())
         show(shown, store, before)
     finally:
         for process in processes:
@@ -193,7 +193,7 @@ def replica() -> int:
         replicate(job, find_output(job), order["number"], (torch.device(device), dtype, rows), store)
         return 0
     except Exception as error:
-        store.set(ERROR, sentence(error) or f"internal error, please report it: {one_line(error)}"[:280])
+        store.set(FAILED, sentence(error) or f"internal error, please report it: {one_line(error)}"[:280])
         return 2
 
 
@@ -221,8 +221,7 @@ def take_part(conversation: Conversation, notes: Iterable[str]) -> None:
             raise ValueError(f"torchrun has started {world} processes: with --data-parallel {world} each answers a "
                              "part of the prompts")
         job = Job(conversation)
-        for text in (*notes, *conversation.notes()):
-            note(f"note: {text}")
+        job.say(notes)
         output = find_output(job)
         if output is None or job.name == "-":
             raise ValueError("under torchrun prompts and answers are in files: --batch FILE -o FILE")
