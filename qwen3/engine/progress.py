@@ -26,6 +26,7 @@ class Progress:
 
     def show(self) -> None:
         now, stays = time.monotonic(), not is_terminal(sys.stderr)
+        self.start = self.start if self.counts["tokens"] else now
         if now - self.shown < (QUIET if stays else 0.2):
             return
         self.shown, spent, done = now, now - self.start, self.counts["done"]
@@ -40,6 +41,7 @@ class Progress:
                  + ("\033[K" if takes_escapes(sys.stderr) else ""), end="")
 
     def rate(self) -> float:
+        """Tokens a second, from the first one on: replicas have to load the model."""
         return self.counts["tokens"] / max(time.monotonic() - self.start, 1e-6)
 
     def clear(self) -> None:
