@@ -153,7 +153,8 @@ def lines_of(path: Path) -> list[dict]:
 
 def write_prompts(folder: Path, count: int = 7, **more) -> Path:
     path = folder / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": QUESTIONS[i % 7], "id": f"q{i}"} | more) + "\n" for i in range(count)))
+    lines = [json.dumps({"prompt": QUESTIONS[i % 7], "id": f"q{i}"} | more) for i in range(count)]
+    path.write_text("\n".join(lines) + "\n")
     return path
 
 
@@ -369,7 +370,8 @@ def refused(capfd, monkeypatch, *flags, package: str = "qwen3") -> str:
     ('{"prompt": "x", "max_tokens": 3}', "line 2: max_tokens is not known; keys are prompt, messages, id, seed"),
     ('{"prompt": "x", "seed": 1, "seed": 2}', "line 2: a key stands there twice"),
     ('{"prompt": "x", "id": 1.5}', "line 2: id is 1.5, expected text or a whole number"),
-    ('{"prompt": "x", "id": true}', "line 2: id is True"), ('{"prompt": "x", "id": "a"}', "line 2: the id 'a' is line 1"),
+    ('{"prompt": "x", "id": true}', "line 2: id is True, expected text or a whole number"),
+    ('{"prompt": "x", "id": "a"}', "line 2: the id 'a' is line 1's as well"),
     ('{"prompt": "x", "temperature": "hot"}', "line 2: temperature is 'hot', expected a number"),
     ('{"prompt": "x", "temperature": NaN}', "line 2: temperature is nan, expected 0 (greedy) or more"),
     ('{"prompt": "x", "top_k": 2.5}', "line 2: top_k is 2.5, expected a whole number"),
@@ -415,7 +417,8 @@ def test_a_base_checkpoint_continues_text(tmp_path, capfd, monkeypatch):
 
 def test_what_does_not_go_together_gets_one_sentence(tmp_path, capfd, monkeypatch):
     prompts = write_prompts(tmp_path)
-    for flag, said in (("--chat", "nobody is there"), ("--compile", "for a single sequence"), ("-px", "--prompt does not")):
+    for flag, said in (("--chat", "nobody is there"), ("--compile", "for a single sequence"),
+                       ("-px", "--prompt does not go with --batch: the prompts are in the file")):
         assert said in refused(capfd, monkeypatch, "--batch", prompts, flag)
     for flag, package in (("--speculative", "deepseek_v3"), ("--show-experts", "qwen3_moe")):
         assert f"{flag} does not go with --batch: " in refused(capfd, monkeypatch, "--batch", prompts, flag,
@@ -472,8 +475,8 @@ def test_the_line_of_progress(monkeypatch, capsys):
     now[0] += 10
     shown.show()
     shown.clear()
-    assert capsys.readouterr().err.startswith("\r230/1,200 answers · ") and "30 answers, 19,200 tokens" in shown.summary()
-    assert "30 cut off" in shown.summary()
+    assert capsys.readouterr().err.startswith("\r230/1,200 answers · ")
+    assert "30 answers, 19,200 tokens" in shown.summary() and "30 cut off" in shown.summary()
     assert [progress.duration(s) for s in (0.4, 99, 100, 3599, 3600, 90000)] == [
         "0 s", "99 s", "2 min", "1 h 0 min", "1 h 0 min", "25 h 0 min"]
 
@@ -491,7 +494,8 @@ def started(words: list[str], **more) -> subprocess.Popen:
 
 
 def children(process: subprocess.Popen) -> list[int]:
-    return [int(pid) for path in Path(f"/proc/{process.pid}/task").glob("*/children") for pid in path.read_text().split()]
+    lists = [path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/children")]
+    return [int(number) for one in lists for number in one.split()]
 
 
 def answered(out: Path) -> int:
@@ -531,7 +535,7 @@ def test_torchrun_starts_replicas_too(tmp_path, capfd, package):
     process = started([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *words[1:], "--restart",
                        "--data-parallel", "3"])
     _, said = process.communicate(timeout=100)
-    assert process.returncode == 1 and said.count(f"\n{package}: torchrun has started 2 processes: with "
+    assert process.returncode == 1 and said.count(f"{package}: torchrun has started 2 processes: with "
                                                   "--data-parallel 2 each answers a part") == 1
 
 

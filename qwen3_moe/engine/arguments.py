@@ -76,7 +76,8 @@ class Parser(argparse.ArgumentParser):
         add("-o", "--output", metavar="FILE", help="where the answers go; default: standard output")
         add("--batch-size", type=int, metavar="N",
             help="answer N prompts at a time; default 16, on a GPU 64, or as many as memory has room for")
-        add("--data-parallel", type=int, metavar="N", help="N replicas of the model share the prompts, on GPUs one each")
+        add("--data-parallel", type=int, metavar="N",
+            help="N replicas of the model share the prompts, on GPUs one each")
         add("--restart", action="store_true", help="forget the answers of an earlier run to the same file")
 
     def parse_args(self, *arguments, **more) -> argparse.Namespace:

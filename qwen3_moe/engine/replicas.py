@@ -179,7 +179,7 @@ def one_round(job: Job, replicas: int, place: tuple, shown: Progress, before: di
 
 
 def replica() -> int:
-    """The process of a replica: its orders come as a line of standard input, whose end means that the parent is gone."""
+    """The process of a replica: orders come as a line of standard input, whose end means that the parent is gone."""
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=lambda: sys.stdin.read() or os._exit(1), daemon=True).start()
     store = TCPStore("127.0.0.1", order["port"], is_master=False)
