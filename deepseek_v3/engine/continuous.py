@@ -174,9 +174,10 @@ def draw(rows: Collection[Row], logits: Tensor) -> list[int]:
 
 def advance(rows: list[Row], logits: Tensor, stop_ids: Collection[int]) -> tuple[int, list[Row]]:
     """Give each row its next token; (how many tokens, the rows that have ended)."""
-    finite = are_finite(logits)
-    tokens = draw(rows, torch.where(finite[:, None], logits, 0))
-    for row, token, good in zip(rows, tokens, finite.tolist()):
+    finite = are_finite(logits).tolist()
+    if not all(finite):
+        logits = logits.nan_to_num(0, 0, 0)  # or no token could be drawn for those rows; theirs does not count
+    for row, token, good in zip(rows, draw(rows, logits), finite):
         row.add(token, good, stop_ids)
     return len(rows), [row for row in rows if row.end]
 

@@ -34,7 +34,7 @@ from .conversation import Conversation, chat_format
 from .journal import Journal, begun
 from .prepare import read_checkpoint
 from .progress import Progress, kept
-from .terminal import PACKAGE, note, one_line, sentence
+from .terminal import PACKAGE, note, one_line, progress, sentence
 
 NEXT, READY, FAILED, END = "batch/next", "batch/ready", "batch/failed", "batch/end"  # keys of the store
 COUNTED = ("tokens", "done", "stop", "length", "error")
@@ -155,7 +155,7 @@ def one_round(job: Job, replicas: int, place: tuple, shown: Progress, before: di
             processes[-1].stdin.write(json.dumps({
                 "arguments": vars(job.conversation.arguments) | {"seed": job.seed, "batch": job.name},
                 "folder": str(job.conversation.folder), "number": number,
-                "port": store.port, "place": [str(device), dtype, rows]}) + "\n")
+                "port": store.port, "capacity": job.capacity, "place": [str(device), dtype, rows]}) + "\n")
             processes[-1].stdin.flush()
         said = set()
         while running := [process for process in processes if process.poll() is None]:
@@ -180,7 +180,10 @@ def one_round(job: Job, replicas: int, place: tuple, shown: Progress, before: di
 
 def replica() -> int:
     """The process of a replica: orders come as a line of standard input, whose end means that the parent is gone."""
-    order = json.loads(sys.stdin.readline())
+    line = sys.stdin.readline()
+    if not line.endswith("\n"):  # gone already
+        return 1
+    order = json.loads(line)
     threading.Thread(target=lambda: sys.stdin.read() or os._exit(1), daemon=True).start()
     store = TCPStore("127.0.0.1", order["port"], is_master=False)
     try:
@@ -188,7 +191,7 @@ def replica() -> int:
         config, _ = read_checkpoint(folder)
         tokenizer = Tokenizer.from_checkpoint(folder, **chat_format(arguments))
         job = Job(Conversation(arguments, folder, config, tokenizer))
-        job.seed = arguments.seed
+        job.seed, job.capacity = arguments.seed, order["capacity"]
         device, dtype, rows = order["place"]
         replicate(job, find_output(job), order["number"], (torch.device(device), dtype, rows), store)
         return 0
@@ -212,7 +215,8 @@ def take_part(conversation: Conversation, notes: Iterable[str]) -> None:
             time.sleep(2)
             sys.exit(2)
         job = Job(conversation)
-        job.seed, place = ready["seed"], (torch.device(ready["place"][0]), *ready["place"][1:])
+        job.seed, job.capacity = ready["seed"], ready["capacity"]
+        place = torch.device(ready["place"][0]), *ready["place"][1:]
         replicate(job, find_output(job), rank, own_gpu(job, place, number), store)
         store.set(f"{END}{rank}", "")
         return
@@ -220,7 +224,7 @@ def take_part(conversation: Conversation, notes: Iterable[str]) -> None:
         if arguments.data_parallel != world:
             raise ValueError(f"torchrun has started {world} processes: with --data-parallel {world} each answers a "
                              "part of the prompts")
-        job = Job(conversation)
+        job = Job(conversation).check(progress("checking prompt"))
         job.say(notes)
         output = find_output(job)
         if output is None or job.name == "-":
@@ -231,7 +235,7 @@ def take_part(conversation: Conversation, notes: Iterable[str]) -> None:
     except BaseException:
         store.set(READY, "null")
         raise
-    store.set(READY, json.dumps({"seed": job.seed, "place": [str(place[0]), *place[1:]]}))
+    store.set(READY, json.dumps({"seed": job.seed, "capacity": job.capacity, "place": [str(place[0]), *place[1:]]}))
     shown = Progress(len(job.prompts), len(places))
     before = dict.fromkeys(COUNTED, 0) | {"done": len(places)}
     ended = threading.Event()

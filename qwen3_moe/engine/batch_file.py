@@ -28,13 +28,17 @@ SIZES = {"cpu": 16, "cuda": 64}  # prompts at a time
 
 
 class Job:
-    """The prompts of a file as requests. ValueError names the lines that cannot be answered."""
+    """The prompts of a file as requests; `capacity` is the most tokens that one has with its answer."""
 
-    def __init__(self, conversation: Conversation, show: Callable[[int, int], None] = lambda done, total: None):
+    def __init__(self, conversation: Conversation):
         self.conversation, self.name = conversation, conversation.arguments.batch
         self.prompts, self.digest = read_prompts(self.name)
-        self.seed, self.capacity, wrong = 0, 1, {}
-        config, base = conversation.config, conversation.tokenizer.thinking is None
+        self.seed, self.capacity = 0, 1
+
+    def check(self, show: Callable[[int, int], None]) -> "Job":
+        """The job itself; ValueError names the lines that cannot be answered."""
+        conversation, config, wrong = self.conversation, self.conversation.config, {}
+        base = conversation.tokenizer.thinking is None
         check_request(config, [], 0, **conversation.sampling, seed=conversation.arguments.seed)
         for index, prompt in enumerate(self.prompts):
             show(index, len(self.prompts))
@@ -49,6 +53,7 @@ class Job:
         show(len(self.prompts), len(self.prompts))
         if wrong:
             raise bad_lines("standard input" if self.name == "-" else self.name, wrong)
+        return self
 
     def request(self, index: int) -> Request:
         """Made when it is wanted: the ids of a million prompts would take gigabytes."""
@@ -75,11 +80,12 @@ class Job:
     def settings(self) -> dict:
         """Everything that an answer depends on, so that a run goes on only as it was begun."""
         asked, conversation = self.conversation.arguments, self.conversation
-        files = sorted((path.name, path.stat().st_size) for path in conversation.folder.glob("*.safetensors"))
+        files = [(path.name, path.stat().st_size) for kind in ("*.safetensors", "*.json")
+                 for path in sorted(conversation.folder.glob(kind))]
         config = (conversation.folder / "config.json").read_bytes()
         return {"prompts": self.digest, "model": conversation.name,
-                "weights": hashlib.sha256(json.dumps(files).encode() + config).hexdigest(), "seed": self.seed,
-                "max_new_tokens": asked.max_new_tokens, **conversation.sampling, "system": conversation.system,
+                "files of the model": hashlib.sha256(json.dumps(files).encode() + config).hexdigest(),
+                "seed": self.seed, "max_new_tokens": asked.max_new_tokens, **conversation.sampling, "system": conversation.system,
                 "thinking": conversation.thinking, "chat format": conversation.tokenizer.format,
                 "dtype": asked.dtype, "plain": asked.plain}
 
@@ -142,7 +148,7 @@ def answer_file(conversation: Conversation, notes: Iterable[str]) -> None:
     if launched() > 1:
         return take_part(conversation, notes)
     replicas = conversation.arguments.data_parallel or 1
-    job = Job(conversation, progress("checking prompt"))
+    job = Job(conversation).check(progress("checking prompt"))
     job.say(notes)
     output = find_output(job)
     if output is None:

@@ -74,6 +74,7 @@ def kept(shown: Progress) -> Iterator[None]:
         yield
     except BaseException:
         shown.clear()
-        note(f"{shown.counts['done']:,} of {shown.total:,} answers are kept; the same command goes on")
+        if shown.counts["done"]:
+            note(f"{shown.counts['done']:,} of {shown.total:,} answers are kept; the same command goes on")
         raise
     shown.clear()
