@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,7 +94,7 @@ def test_prompts_are_read_together_as_far_as_a_chunk_allows(package, model, monk
 def test_a_row_that_is_no_number_ends_alone_and_leaves_nothing_behind(package):
     model = made(package)
     model.model.embed_tokens.weight.data[60] = torch.nan
-    every = requests(package, 20, most=12)
+    every = requests(package, 12, most=9)
     for one in every[::4]:
         one.prompt_ids[-1], one.max_new_tokens = 60, 9
     found = together(package, model, every, 3)
@@ -136,7 +138,7 @@ def test_a_masked_slot_may_hold_anything_at_first(package, model, monkeypatch):
 
     monkeypatch.setattr(continuous, "new_cache", dirty)
     monkeypatch.setattr(continuous, "CLEARED", 7)
-    every = requests(package, 8, most=20)
+    every = requests(package, 6, most=15)
     found = together(package, model, every, 4)
     assert [found[one.index][0] for one in every] == [alone(package, model, one) for one in every]
 
@@ -453,10 +455,10 @@ def test_fewer_prompts_at_a_time_where_memory_is_short(tmp_path, capfd, monkeypa
     sizes, real = [], job_module.continuous_batch
     monkeypatch.setattr(job_module, "continuous_batch",
                         lambda *a, rows, **more: sizes.append(rows) or real(*a, rows=rows, **more))
-    prompts = write_prompts(tmp_path, 20)
+    prompts = write_prompts(tmp_path, 8)
     assert batch("qwen3", "--batch", prompts, "-n", "1500") == 0
     assert sizes == [4]  # 2.6 kB a token in float32, 1,520 tokens a row, and a row for what is being read
-    assert len(capfd.readouterr().out.splitlines()) == 20
+    assert len(capfd.readouterr().out.splitlines()) == 8
     assert batch("qwen3", "--batch", prompts, "-n", "1500", "--batch-size", "16") == 2
     assert "Qwen3-Tiny needs" in capfd.readouterr().err
 
@@ -519,6 +521,26 @@ def test_two_replicas_share_a_file(tmp_path):
     assert [one["id"] for one in found] == [f"q{i}" for i in range(14)]
     assert [one["answer"] for one in found[1::7]] == ["933"] * 2 and found[5]["answer"] == "21"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "two.jsonl"]
+
+
+def test_each_replica_gets_a_gpu_of_its_own(monkeypatch):
+    replicas = module("qwen3", "engine.replicas")
+
+    def job(asked: str | None, device: str) -> SimpleNamespace:
+        arguments = SimpleNamespace(device=asked)
+        return SimpleNamespace(conversation=SimpleNamespace(arguments=arguments),
+                               find_room=lambda processes: (torch.device(device), None, 64))
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    place = replicas.find_place(job(None, "cuda"), 2)
+    assert [str(replicas.own_gpu(place, number)[0]) for number in (0, 1)] == ["cuda:0", "cuda:1"]
+    place = replicas.find_place(job("cpu", "cpu"), 9)
+    assert replicas.own_gpu(place, 5) == (torch.device("cpu"), None, 64)
+    for asked, device, count, said in ((None, "cuda", 3, "3 replicas want a GPU each, and this machine has 2 for cuda"),
+                                       (None, "mps", 2, "this machine has 1 for mps; try --data-parallel 1, or `-d c"),
+                                       ("cuda:1", "cuda:1", 2, "-d cuda:1 is a single GPU, and each replica needs")):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            replicas.find_place(job(asked, device), count)
 
 
 @pytest.mark.slow

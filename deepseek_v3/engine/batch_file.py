@@ -85,9 +85,9 @@ class Job:
         config = (conversation.folder / "config.json").read_bytes()
         return {"prompts": self.digest, "model": conversation.name,
                 "files of the model": hashlib.sha256(json.dumps(files).encode() + config).hexdigest(),
-                "seed": self.seed, "max_new_tokens": asked.max_new_tokens, **conversation.sampling, "system": conversation.system,
-                "thinking": conversation.thinking, "chat format": conversation.tokenizer.format,
-                "dtype": asked.dtype, "plain": asked.plain}
+                "seed": self.seed, "max_new_tokens": asked.max_new_tokens, **conversation.sampling,
+                "system": conversation.system, "thinking": conversation.thinking,
+                "chat format": conversation.tokenizer.format, "dtype": asked.dtype, "plain": asked.plain}
 
     def say(self, notes: Iterable[str]) -> None:
         """What the user should know; flags without effect are not for prompts with settings of their own."""

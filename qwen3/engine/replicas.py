@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def launched() -> int:
     """How many processes torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or 1) if "RANK" in os.environ else 1
 
 
 def taken(store: Store, total: int, answered: set[int]) -> Iterator[int]:
@@ -88,6 +88,8 @@ def replicate(job: Job, output: Path, rank: int, place: tuple, store: Store) -> 
         _, places = begun(output, job.settings())
         shared = Shared(store)
         if len(places) < len(job.prompts):
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # for kernels that go to the current one
             model = load(job, device, dtype, None)
             job.run(model, taken(store, len(job.prompts), set(places)), rows, journal.write, shared.count)
         shared.tell()
@@ -95,7 +97,7 @@ def replicate(job: Job, output: Path, rank: int, place: tuple, store: Store) -> 
         journal.close()
 
 
-def own_gpu(job: Job, place: tuple, number: int) -> tuple:
+def own_gpu(place: tuple, number: int) -> tuple:
     """Replica `number` of this machine gets the GPU of that number."""
     device, dtype, rows = place
     return torch.device(f"cuda:{number}") if device.type == "cuda" else device, dtype, rows
@@ -151,7 +153,7 @@ def one_round(job: Job, replicas: int, place: tuple, shown: Progress, before: di
             processes.append(subprocess.Popen(
                 [sys.executable, "-m", f"{PACKAGE}.engine.replicas"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                 start_new_session=True, env=environment, text=True))
-            device, dtype, rows = own_gpu(job, place, number)
+            device, dtype, rows = own_gpu(place, number)
             processes[-1].stdin.write(json.dumps({
                 "arguments": vars(job.conversation.arguments) | {"seed": job.seed, "batch": job.name},
                 "folder": str(job.conversation.folder), "number": number,
@@ -217,7 +219,7 @@ def take_part(conversation: Conversation, notes: Iterable[str]) -> None:
         job = Job(conversation)
         job.seed, job.capacity = ready["seed"], ready["capacity"]
         place = torch.device(ready["place"][0]), *ready["place"][1:]
-        replicate(job, find_output(job), rank, own_gpu(job, place, number), store)
+        replicate(job, find_output(job), rank, own_gpu(place, number), store)
         store.set(f"{END}{rank}", "")
         return
     try:
@@ -248,7 +250,7 @@ def take_part(conversation: Conversation, notes: Iterable[str]) -> None:
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
-            replicate(job, output, rank, own_gpu(job, place, number), store)
+            replicate(job, output, rank, own_gpu(place, number), store)
             store.wait([f"{END}{other}" for other in range(1, world)], DAYS)
         finally:
             ended.set()
