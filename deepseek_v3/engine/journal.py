@@ -62,19 +62,23 @@ def read_journal(path: Path) -> tuple[dict | None, dict[int, Place], int]:
     return settings, places, start
 
 
-def begun(output: Path, settings: dict | None = None) -> tuple[dict | None, dict[int, Place]]:
-    """(The settings of the run that began this output or None, where its answers lie).
-
-    ValueError where a journal was begun with others than `settings`.
-    """
-    found, places = None, {}
+def earlier_settings(output: Path) -> dict:
+    """Those of the run that began this output; none if there was no such run."""
     for path in journals(output):
-        header, some, _ = read_journal(path)
-        if header is not None:
-            found = found or header
-            check_same(path, header, settings or found)
+        with path.open("rb") as file, suppress(ValueError, TypeError, KeyError):  # a torn or damaged header
+            return dict(json.loads(file.readline())["settings"])
+    return {}
+
+
+def answers_of(output: Path, settings: dict) -> dict[int, Place]:
+    """Where the answers of earlier runs lie, by the prompts' numbers. ValueError if they had other settings."""
+    places = {}
+    for path in journals(output):
+        earlier, some, _ = read_journal(path)
+        if earlier is not None:
+            check_same(path, earlier, settings)
             places |= some
-    return found, places
+    return places
 
 
 def check_same(path: Path, before: dict, now: dict) -> None:

@@ -18,7 +18,7 @@ from ..tokenizer import Tokenizer
 from ..weights import load_model
 from .continuous import Request, Row, continuous_batch
 from .conversation import Conversation
-from .journal import Journal, as_line, begun, finish, journals, restart
+from .journal import Journal, Place, answers_of, as_line, earlier_settings, finish, journals, restart
 from .progress import Progress, kept
 from .prompts import bad_lines, read_prompts, seed_of
 from .requests import check_request
@@ -157,10 +157,9 @@ def answer_file(conversation: Conversation, notes: Iterable[str]) -> None:
         return to_standard_output(job)
     if replicas > 1:
         return run_replicas(job, output, replicas)
-    resume(job, output)
+    places = resume(job, output)
     journal = Journal(output, 0, job.settings())
     try:
-        _, places = begun(output, job.settings())
         left = [index for index in range(len(job.prompts)) if index not in places]
         shown = Progress(len(job.prompts), len(places))
         if left:
@@ -194,25 +193,25 @@ def find_output(job: Job) -> Path | None:
     return output
 
 
-def resume(job: Job, output: Path) -> None:
-    """Find out whether this run goes on with another; it then has that one's seed."""
+def resume(job: Job, output: Path) -> dict[int, Place]:
+    """The answers of an earlier run, with which this one goes on; it then has that one's seed."""
     arguments = job.conversation.arguments
     if arguments.restart:
         restart(output)
     elif output.exists() and not journals(output):
         raise ValueError(f"{output} is there already; name another file, or answer all prompts anew with --restart")
-    earlier, _ = begun(output)
     job.seed = arguments.seed
     if job.seed is None:
-        job.seed = earlier.get("seed", 0) if earlier else secrets.randbits(32)
-    _, places = begun(output, job.settings())
+        job.seed = earlier_settings(output).get("seed", secrets.randbits(32))
+    places = answers_of(output, job.settings())
     if places:
         note(f"going on: {len(places):,} of {len(job.prompts):,} prompts have their answers")
+    return places
 
 
 def merge(job: Job, output: Path) -> None:
     """All answers into one file."""
-    _, places = begun(output, job.settings())
+    places = answers_of(output, job.settings())
     if missing := len(job.prompts) - len(places):
         raise ValueError(f"{missing:,} of {len(job.prompts):,} answers are missing beside {output}; the same command "
                          "goes on (on several machines, all must see that folder)")

@@ -31,7 +31,7 @@ from ..tokenizer import Tokenizer
 from .batch_file import Job, find_output, load, merge, resume
 from .continuous import Row
 from .conversation import Conversation, chat_format
-from .journal import Journal, begun
+from .journal import Journal, answers_of
 from .prepare import read_checkpoint
 from .progress import Progress, kept
 from .terminal import PACKAGE, note, one_line, progress, sentence
@@ -85,7 +85,7 @@ def replicate(job: Job, output: Path, rank: int, place: tuple, store: Store) -> 
     device, dtype, rows = place
     journal = Journal(output, rank, job.settings())
     try:
-        _, places = begun(output, job.settings())
+        places = answers_of(output, job.settings())
         shared = Shared(store)
         if len(places) < len(job.prompts):
             if device.type == "cuda":
@@ -122,8 +122,7 @@ def run_replicas(job: Job, output: Path, replicas: int) -> None:
     """Start replicas and wait for them; what a killed one leaves undone is answered in another round."""
     if job.name == "-":
         raise ValueError("--data-parallel reads the prompts from a file, not from standard input")
-    resume(job, output)
-    _, places = begun(output, job.settings())
+    places = resume(job, output)
     shown, before = Progress(len(job.prompts), len(places)), dict.fromkeys(COUNTED, 0) | {"done": len(places)}
     if len(places) < len(job.prompts):
         place = find_place(job, replicas)
@@ -131,7 +130,7 @@ def run_replicas(job: Job, output: Path, replicas: int) -> None:
             while len(places) < len(job.prompts):
                 answered = len(places)
                 one_round(job, min(replicas, len(job.prompts) - answered), place, shown, before)
-                _, places = begun(output, job.settings())
+                places = answers_of(output, job.settings())
                 if len(places) == answered:
                     raise ValueError("the replicas were killed before they had an answer; is memory full? Try a "
                                      "smaller --batch-size or --data-parallel")
@@ -231,9 +230,7 @@ def take_part(conversation: Conversation, notes: Iterable[str]) -> None:
         output = find_output(job)
         if output is None or job.name == "-":
             raise ValueError("under torchrun prompts and answers are in files: --batch FILE -o FILE")
-        resume(job, output)
-        place = find_place(job, local)
-        _, places = begun(output, job.settings())
+        places, place = resume(job, output), find_place(job, local)
     except BaseException:
         store.set(READY, "null")
         raise
