@@ -443,7 +443,8 @@ def test_what_does_not_go_together_gets_one_sentence(tmp_path, capfd, monkeypatc
         capfd, monkeypatch, "--batch", tmp_path)
     monkeypatch.setattr(sys, "stdin", None)
     assert "standard input: the prompts cannot be read" in refused(capfd, monkeypatch, "--batch", "-")
-    assert refused(capfd, monkeypatch, "--batch", prompts, "-o", tmp_path / "x", "--data-parallel", "2", "-d", "cpu:0")
+    assert "-d cpu:0 is a single device" in refused(
+        capfd, monkeypatch, "--batch", prompts, "-o", tmp_path / "x", "--data-parallel", "2", "-d", "cpu:0")
     monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun with one process is none
     assert refused(capfd, monkeypatch, "--batch", prompts, "-o", prompts)
 
@@ -538,7 +539,7 @@ def test_each_replica_gets_a_gpu_of_its_own(monkeypatch):
     assert replicas.own_gpu(place, 5) == (torch.device("cpu"), None, 64)
     for asked, device, count, said in ((None, "cuda", 3, "3 replicas want a GPU each, and this machine has 2 for cuda"),
                                        (None, "mps", 2, "this machine has 1 for mps; try --data-parallel 1, or `-d c"),
-                                       ("cuda:1", "cuda:1", 2, "-d cuda:1 is a single GPU, and each replica needs")):
+                                       ("cuda:1", "cuda:1", 2, "-d cuda:1 is a single device, and each replica needs")):
         with pytest.raises(ValueError, match=re.escape(said)):
             replicas.find_place(job(asked, device), count)
 

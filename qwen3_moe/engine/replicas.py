@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def find_place(job: Job, replicas: int) -> tuple:
     asked, place = job.conversation.arguments.device, job.find_room(replicas)
     device = place[0]
     if device.index is not None:
-        raise ValueError(f"-d {asked} is a single GPU, and each replica needs its own; leave out the number")
+        raise ValueError(f"-d {asked} is a single device, and each replica needs its own; leave out the number")
     there = torch.cuda.device_count() if device.type == "cuda" else replicas if device.type == "cpu" else 1
     if replicas > there:
         raise ValueError(f"{replicas} replicas want a GPU each, and this machine has {there} for {device.type}; "
@@ -153,11 +154,12 @@ def one_round(job: Job, replicas: int, place: tuple, shown: Progress, before: di
                 [sys.executable, "-m", f"{PACKAGE}.engine.replicas"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                 start_new_session=True, env=environment, text=True))
             device, dtype, rows = own_gpu(place, number)
-            processes[-1].stdin.write(json.dumps({
-                "arguments": vars(job.conversation.arguments) | {"seed": job.seed, "batch": job.name},
-                "folder": str(job.conversation.folder), "number": number,
-                "port": store.port, "capacity": job.capacity, "place": [str(device), dtype, rows]}) + "\n")
-            processes[-1].stdin.flush()
+            order = json.dumps({"arguments": vars(job.conversation.arguments) | {"seed": job.seed},
+                                "folder": str(job.conversation.folder), "number": number, "port": store.port,
+                                "capacity": job.capacity, "place": [str(device), dtype, rows]})
+            with suppress(BrokenPipeError):  # killed already: the loop below says so
+                processes[-1].stdin.write(f"{order}\n")
+                processes[-1].stdin.flush()
         said = set()
         while running := [process for process in processes if process.poll() is None]:
             if store.check([FAILED]):
