@@ -619,7 +619,7 @@ def test_the_benchmark_compares_with_slices(capsys, monkeypatch):
     monkeypatch.setattr(machine, "read_bandwidth", lambda *_: 1e9)
     assert main(["-m", "Qwen3-Tiny", "--rounds", "1", "--patience", "0", "--batch", "2", "--answers", "12"]) == 0
     out = capsys.readouterr().out
-    assert "12 answers of 10 to 12 tokens, 2 at a time: " in out
+    assert "24 answers of 10 to 12 tokens, 2 at a time: " in out
     assert " tok/s in slices, " in out and " refilled, " in out
     for flags, said in ((["--batch", "0"], "expected 1 or more"), (["--batch", "2", "--answers", "9999"], "context"),
                         (["--batch", "2", "--compile"], "--compile goes with the usual measurement")):

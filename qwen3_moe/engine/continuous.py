@@ -152,7 +152,8 @@ def together(fresh: dict[int, Row]) -> Iterator[dict[int, Row]]:
 def draw(rows: Collection[Row], logits: Tensor) -> list[int]:
     """A token for each row, logits (B, V), by its own settings and random numbers: those of a Sampler, bit for bit."""
     samplers = [row.sampler for row in rows]
-    if any(sampler.penalises for sampler in samplers):
+    penalised = [i for i, sampler in enumerate(samplers) if sampler.penalises]
+    if penalised:
         logits = torch.cat([sampler.penalised(row[None]) for sampler, row in zip(samplers, logits)])
     groups: dict[tuple, list[int]] = {}
     for i, sampler in enumerate(samplers):
@@ -167,8 +168,8 @@ def draw(rows: Collection[Row], logits: Tensor) -> list[int]:
         probabilities, ids = top_k_top_p(some, temperature, *settings)  # rows of the same settings together: faster
         places = [torch.multinomial(one, 1, generator=samplers[i].generator) for one, i in zip(probabilities, members)]
         tokens[members] = ids.gather(-1, torch.stack(places)).squeeze(-1)
-    for sampler, token in zip(samplers, tokens):
-        sampler.add(token[None])
+    for i in penalised:
+        samplers[i].add(tokens[i:i + 1])
     return tokens.tolist()
 
 

@@ -83,8 +83,8 @@ class Ours:
         return seconds | {"tokens_per_step": 1 + acceptance.accepted / max(1, acceptance.drafted)}
 
     def batch(self, context: int, rows: int, longest: int) -> dict:
-        """Tokens a second of 6 * rows answers of 10 to `longest` tokens: in slices of `rows` prompts, and refilled."""
-        chance, count = torch.Generator().manual_seed(1), 6 * rows
+        """Tokens a second of 12 * rows answers of 10 to `longest` tokens: in slices of `rows` prompts, and refilled."""
+        chance, count = torch.Generator().manual_seed(1), 12 * rows
         limits = torch.linspace(min(10, longest), longest, count).long()
         limits = limits[torch.randperm(count, generator=chance)].tolist()
         prompts = torch.randint(self.vocabulary, (count, context), generator=chance).tolist()

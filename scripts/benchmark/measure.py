@@ -162,7 +162,7 @@ def measure(arguments: argparse.Namespace) -> None:
         task = {"do": "batch", "context": 32, "count": arguments.answers, "rows": arguments.batch}
         results = compete(folder, work, arguments, {"ours": ours}, [task])
         slices, refilled = ([one[name] for one in results["batch 32"]["ours"]] for name in ("slices", "continuous"))
-        print(f"{6 * arguments.batch} answers of {min(10, arguments.answers)} to {arguments.answers} tokens, "
+        print(f"{12 * arguments.batch} answers of {min(10, arguments.answers)} to {arguments.answers} tokens, "
               f"{arguments.batch} at a time: {median(slices):,.1f} tok/s in slices, "
               f"{median(refilled):,.1f} tok/s refilled, "
               "{:.2f} times as many ({:.2f}-{:.2f})".format(*ratios(refilled, slices)))
