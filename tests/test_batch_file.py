@@ -434,7 +434,8 @@ def test_what_does_not_go_together_gets_one_sentence(tmp_path, capfd, monkeypatc
                         (["-o", prompts], "is the file of prompts; name another"),
                         (["--restart"], "--restart is for answers in a file"),
                         (["--data-parallel", "2"], "--data-parallel needs a file for the answers"),
-                        (["--seed", 2**64], "seed is 18446744073709551616"), (["-t", "-1"], "temperature is -1.0"),
+                        (["--seed", 2**64], "seed is 18446744073709551616"),
+                        (["-d", "x"], "device 'x' is not usable here"), (["-t", "-1"], "temperature is -1.0"),
                         (["--batch-size", 10**9], "needs"), (["-n", "5000"], "line 1: 12 prompt tokens and 5000 new")):
         assert said in refused(capfd, monkeypatch, "--batch", prompts, *flags), flags
     assert "no/x: the prompts cannot be read (No such file or directory)" in refused(

@@ -19,6 +19,7 @@ from ..weights import load_model
 from .continuous import Request, Row, continuous_batch
 from .conversation import Conversation
 from .journal import Journal, Place, answers_of, as_line, earlier_settings, finish, journals, restart
+from .memory import find_device
 from .progress import Progress, kept
 from .prompts import bad_lines, read_prompts, seed_of
 from .requests import check_request
@@ -110,7 +111,7 @@ class Job:
     def find_room(self, processes: int = 1) -> tuple[torch.device, str | None, int]:
         """(device, dtype, how many prompts at a time): what --batch-size says, or as many as memory has room for."""
         conversation, wanted = self.conversation, self.conversation.arguments.batch_size
-        most = SIZES.get(torch.device(conversation.arguments.device or default_device()).type, SIZES["cpu"])
+        most = SIZES.get(find_device(conversation.arguments.device).type, SIZES["cpu"])
         size = min(most, len(self.prompts)) if wanted is None else wanted
         while True:
             try:  # a row more, for the prompt that is being read
@@ -119,10 +120,6 @@ class Job:
                 if wanted is not None or size == 1:
                     raise
                 size //= 2
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def split_answer(tokenizer: Tokenizer, prompt_ids: list[int], ids: list[int]) -> tuple[str, str]:
