@@ -12,6 +12,8 @@ builds the plain model and lets `prepare` swap parts of it for those named in `p
     tokens, chat    vocabulary, tiktoken_vocab; chat_formats (how each is written); which one a checkpoint's template
                     means: templates, template_reader, template_expressions, template_shapes, chatml_shapes
     the terminal    arguments, conversation, terminal, expert_picture
+    many prompts    batch_file (--batch), prompts (what its lines may say), continuous (rows that are refilled), journal
+                    (answers that a killed run leaves), progress, replicas (several processes)
 
 Some files are only where an architecture needs them.
 """

@@ -22,7 +22,7 @@ from .memory import find_device, gigabytes
 from .prepare import compute_dtype
 from .requests import check_request
 from .safetensors_reader import CheckpointFiles
-from .sizes import bytes_per_token, cache_bytes_per_token, check_memory
+from .sizes import bytes_in_memory, bytes_per_token, cache_bytes_per_token, check_memory
 from .terminal import PACKAGE, Questions, is_terminal, note, progress, show_answer
 
 COMMANDS = "/clear forgets the conversation, /system TEXT sets the system prompt, /think, /no_think, /exit"
@@ -94,12 +94,17 @@ class Conversation:
 
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """The conversation as ids; ValueError if they leave no room in the context for an answer."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        base = self.tokenizer.thinking is None
-        ids = (self.tokenizer.bos_ids + self.tokenizer.encode(messages[-1]["content"]) if base
-               else self.tokenizer.chat(system + messages, self.thinking))
+        ids = self.encode(messages)
         check_request(self.config, [ids], self.new_tokens(ids), **self.sampling, seed=self.arguments.seed)
         return ids
+
+    def encode(self, messages: list[dict[str, str]]) -> list[int]:
+        """The ids alone; the system prompt of the flags comes first, unless the conversation begins with its own."""
+        if self.tokenizer.thinking is None:
+            return self.tokenizer.bos_ids + self.tokenizer.encode(messages[-1]["content"])
+        own = messages[0].get("role") == "system"
+        system = [{"role": "system", "content": self.system}] if self.system and not own else []
+        return self.tokenizer.chat(system + messages, self.thinking)
 
     def new_tokens(self, prompt_ids: list[int]) -> int:
         """How many may be generated: what -n says, or the default as far as the context has room."""
@@ -109,12 +114,18 @@ class Conversation:
 
     def find_device(self, prompt_ids: list[int]) -> tuple[torch.device, str | None]:
         """(device, dtype or None for the checkpoint's own), if weights and cache fit there; says how large they are."""
+        return self.find_room(len(prompt_ids) + self.new_tokens(prompt_ids))
+
+    def find_room(self, tokens: int, processes: int = 1) -> tuple[torch.device, str | None]:
+        """find_device for a cache of so many tokens, in each of several processes that share a CPU's memory."""
         device, dtype = find_device(self.arguments.device), self.arguments.dtype
         if device.type == "mps" and self.config.quantization and dtype is None:
             dtype = "bfloat16"  # Apple's GPUs have no FP8
         compute = compute_dtype(self.config, CheckpointFiles(self.folder), dtype)
-        per_token, tokens = cache_bytes_per_token(self.config, compute), len(prompt_ids) + self.new_tokens(prompt_ids)
-        size = check_memory(self.folder, device, dtype, tokens, tokens * per_token)
+        per_token, more = cache_bytes_per_token(self.config, compute), 0
+        if device.type == "cpu" and processes > 1:  # weights that need no conversion stay in one file for all
+            tokens, more = tokens * processes, (processes - 1) * bytes_in_memory(self.folder, dtype) if dtype else 0
+        size = check_memory(self.folder, device, dtype, tokens, tokens * per_token + more)
         kept = "FP8" if self.config.quantization and dtype is None else str(compute).removeprefix("torch.")
         why = "" if self.arguments.device or device.type != "cpu" else " (no GPU found)"
         if (kept, device.type) == ("FP8", "cpu"):
