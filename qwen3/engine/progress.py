@@ -25,6 +25,7 @@ class Progress:
         self.show()
 
     def show(self) -> None:
+        """Write the line anew, a few times a second at a terminal and seldom into a file."""
         now, stays = time.monotonic(), not is_terminal(sys.stderr)
         self.start = self.start if self.counts["tokens"] else now
         if now - self.shown < (QUIET if stays else 0.2):

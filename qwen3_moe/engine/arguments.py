@@ -81,6 +81,7 @@ class Parser(argparse.ArgumentParser):
         add("--restart", action="store_true", help="forget the answers of an earlier run to the same file")
 
     def parse_args(self, *arguments, **more) -> argparse.Namespace:
+        """The flags; those that go only with --batch, or not with it, are refused in one sentence."""
         given = super().parse_args(*arguments, **more)
         if given.batch is None:
             for name in ("output", "batch_size", "data_parallel", "restart"):
