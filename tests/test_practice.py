@@ -147,6 +147,9 @@ WRONG = {
         ("H*N need not be D", "flatten(2)", "reshape(x.shape)"),
         ("sees the future", ", v, mask)", ", v, torch.ones_like(mask))"),
         ("the values are rotated", "if cache", "v = rotate(v, cos, sin)\n        if cache"),
+        ("once for each layer", "k, v = cache.write(self.layer_idx, k, v)",
+         "k, v = cache.write(self.layer_idx, k, v); cache.length += T"),
+        ("self.sdpa wants keys, then values", "self.sdpa(q, k, v, mask)", "self.sdpa(q, v, k, mask)"),
     ],
     ("qwen3", "mlp"): [
         ("wrong projection", "F.silu(self.gate_proj(x)) * self.up_proj(x)", "self.gate_proj(x) * "
@@ -199,6 +202,9 @@ WRONG = {
         ("two axes", "[None]  # (1, T)", ""),
         ("sees the future", "attention_mask(first, T, padding, device)",
          "torch.ones(T, first + T, dtype=torch.bool)"),
+        ("both begin at cache.length", "attention_mask(first, T", "attention_mask(0, T"),
+        ("runs after each layer", "x = layer(x, cos, sin, mask, cache)",
+         "x = self.norm(layer(x, cos, sin, mask, cache))"),
     ],
     ("qwen3", "chat"): [
         ("stand there as text", "Special(IM_START), message", "IM_START, message", "Special(IM_END)", "IM_END",
@@ -216,6 +222,12 @@ WRONG = {
         ("list of texts and Special", "return parts", "return parts and 7"),
         ("system messages are left out", "for i, message in enumerate(messages):",
          'for i, message in enumerate(messages):\n        if message["role"] == "system":\n            continue'),
+        ("only newlines are", 'reasoning.strip("\\n")', "reasoning.strip()"),
+        ("only newlines are", 'answer.lstrip("\\n")', "answer.strip()"),
+        ("around a content are cut", '[message["content"]]', '[message["content"].strip()]'),
+        ("where nothing was asked", "i > asked", "i >= asked"),
+        ("make a new one", "reasoning, answer = split_reasoning(message)",
+         "reasoning, answer = split_reasoning(message); message['content'] = answer"),
     ],
     ("qwen3", "kv_cache"): [
         ("over the old ones", "self.length:end] = part", ":new[0].shape[2]] = part"),
@@ -248,6 +260,23 @@ WRONG = {
          "logits / temperature"),
         ("the sum for top_p runs in the order of the ids", "if top_k or top_p < 1:", "if top_k:"),
         ("None switches|cannot be compared", "top_p = 1 if top_p is None else top_p", "pass"),
+        ("< and not <=", "logits = logits.float()\nlogits = (logits - logits.amax(-1, True)) / temperature\n"
+         "x, ids = logits.topk(min(top_k or 99, logits.shape[-1]))\np = x.softmax(-1)\nq = p\n"
+         "if top_p is not None and top_p < 1:\n    q = q * (p.cumsum(-1) - p <= top_p)\n"
+         "return q * (p >= (min_p or 0) * p[:, :1]), ids"),
+        (">= and not >", "logits = logits.float()\nlogits = (logits - logits.amax(-1, True)) / temperature\n"
+         "x, ids = logits.topk(min(top_k or 99, logits.shape[-1]))\np = x.softmax(-1)\nq = p\n"
+         "if top_p is not None and top_p < 1:\n    q = q * (p.cumsum(-1) - p < top_p)\n"
+         "return q * (p > min_p * p[:, :1]) if min_p else q, ids"),
+        ("each row has its own", "logits = logits.float()\nlogits = (logits - logits.max()) / temperature\n"
+         "x, ids = logits.topk(min(top_k or 99, logits.shape[-1]))\np = x.softmax(-1)\nq = p\n"
+         "if top_p is not None and top_p < 1:\n    q = q * (p.cumsum(-1) - p < top_p)\n"
+         "return q * (p >= (min_p or 0) * p[:, :1]), ids"),
+        ("top_k 0 and None take all", "logits = logits.float()\n"
+         "logits = (logits - logits.amax(-1, True)) / temperature\n"
+         "x, ids = logits.topk(min(99 if top_k is None else top_k, logits.shape[-1]))\np = x.softmax(-1)\nq = p\n"
+         "if top_p is not None and top_p < 1:\n    q = q * (p.cumsum(-1) - p < top_p)\n"
+         "return q * (p >= (min_p or 0) * p[:, :1]), ids"),
     ],
     ("qwen3", "generate"): [
         ("the stop id is yielded", "            if int(token) in stop_ids:\n                return\n"
@@ -269,6 +298,9 @@ WRONG = {
         ("`yield` each id", "yield int(token)", "print"),
         ("a stop id is skipped", "                return", "                continue"),
         ("`unread` is what", "prefill(model, unread, cache)", "prefill(model, torch.tensor([prompt_ids]), cache)"),
+        ("a count that begins with 0", "check_finite(logits, count)", "check_finite(logits, count - 1)"),
+        ("a tensor of shape (1,)", "step(model, token, cache)", "step(model, int(token), cache)"),
+        ("a tensor of shape (1,)", "step(model, token, cache)", "step(model, token[None], cache)"),
     ],
     ("qwen3_moe", "router"): [
         ("add up to 1", "if self.norm_topk_prob:", "if True:"),
@@ -284,6 +316,7 @@ WRONG = {
         ("least likely", "topk(self.num_experts_per_tok)", "topk(self.num_experts_per_tok, largest=False)"),
         ("exchanged", "weights.to(x.dtype), topk_ids", "topk_ids, weights.to(x.dtype)"),
         ("wrong way round", "if self.norm_topk_prob", "if not self.norm_topk_prob"),
+        ("computed anew in float32", "self.logits(x).float()", "(x.float() @ self.weight.float().T)"),
     ],
     ("qwen3_moe", "mixture"): [
         ("weights are not used", "weights[t, a] * ", ""),
@@ -298,6 +331,7 @@ WRONG = {
         ("divided by A", "return y", "return y / topk_ids.shape[1]"),
         ("x is added", "torch.zeros_like(x)", "x.clone()"),
         ("it changes x", "torch.zeros_like(x)", "x"),
+        ("through all experts", "return sum(weights[:, :1] * expert(x) for expert in experts)"),
     ],
     ("qwen3_moe", "dispatch"): [
         ("weights are not used", "combine(results, weights)", "results.sum(1)"),
@@ -316,6 +350,9 @@ WRONG = {
         ("only the first choice", "token, place = (topk_ids == e)", "token, place = (topk_ids[:, :1] == e)"),
         ("weights of token 0", "combine(results, weights)", "combine(results, weights[:1])"),
         ("which no token chose", "if torch.is_grad_enabled():", "if True:"),
+        ("result|expert", "results = x.new_zeros(*topk_ids.shape, x.shape[-1])\nfor e in range(len(self) - 1):\n"
+         "    token, place = torch.where(topk_ids == e)\n    if len(token):\n"
+         "        results[token, place] = self[e](x[token])\nreturn combine(results, weights)"),
     ],
     ("qwen3_moe", "moe_block"): [
         ("the shared expert is left out", "self.shared_expert is not None", "False"),
@@ -338,6 +375,13 @@ WRONG = {
         ("only the first choice", "f = torch.bincount(topk_ids[:, 0], minlength=probabilities.shape[1]) / "
                                   "len(topk_ids)\n"
          "return probabilities.shape[1] * (f * probabilities.mean(0)).sum()"),
+        ("a mean stands in place of the sum", ".sum()", ".mean()"),
+        ("the mean over the tokens, axis 0", "probabilities.mean(0)", "probabilities.mean(1)"),
+        ("as they are", "p = probabilities.gather(-1, topk_ids)\np = p / p.sum(-1, keepdim=True)\n"
+         "p, E = torch.zeros_like(probabilities).scatter(-1, topk_ids, p), probabilities.shape[1]\n"
+         "return E * (torch.bincount(topk_ids.flatten(), minlength=E) / topk_ids.numel() * p.mean(0)).sum()"),
+        ("a tensor without dimensions", ".sum()", ".sum().item()"),
+        ("topk_ids.flatten()", "topk_ids.flatten()", "topk_ids"),
     ],
     ("deepseek_v3", "latents"): [
         ("nothing is rotated", "q_rope, k_rope = rotate(q_rope, cos, sin), rotate(k_rope, cos, sin)", "pass"),
@@ -357,6 +401,7 @@ WRONG = {
         ("give them these names", "latents = torch.cat", "latent = torch.cat"),
         ("R values of the latent first", "c, k_rope = self.kv_a_proj_with_mqa(x)[:, None].split((R, P), -1)",
          "k_rope, c = self.kv_a_proj_with_mqa(x)[:, None].split((P, R), -1)"),
+        ("there is no q_proj where", "self.q_lora_rank is None", "True"),
     ],
     ("deepseek_v3", "expanded"): [
         ("key part (N) first", "k_nope, v = kv.split((N, M), -1)", "v, k_nope = kv.split((M, N), -1)"),
@@ -368,6 +413,12 @@ WRONG = {
          "self.sdpa(q_nope, k_nope, v, mask)"),
         ("sees the future|the mask is not used", ", v, mask)", ", v, torch.ones_like(mask))"),
         ("normed again", "c[:, 0]", "self.kv_a_layernorm(c[:, 0])"),
+        ("self.absorbed computed them", "return self.absorbed(q_nope, q_rope, latents, mask)"),
+        ("also has the factor of YaRN", "N, R = self.qk_nope_head_dim, self.kv_lora_rank\n"
+         "kv = self.kv_b_proj(latents[:, 0, :, :R]).unflatten(-1, (q_nope.shape[1], -1)).transpose(1, 2)\n"
+         "s = q_nope @ kv[..., :N].mT + q_rope @ latents[..., R:].mT\n"
+         "s = (s * (N + self.qk_rope_head_dim) ** -0.5).masked_fill(~mask, -torch.inf)\n"
+         "return s.float().softmax(-1).to(s.dtype) @ kv[..., N:]"),
     ],
     ("deepseek_v3", "absorbed"): [
         ("W_UK.mT", "W_UK.mT", "W_UK"),
@@ -408,6 +459,9 @@ WRONG = {
         ('device="cpu"', ', device="cpu"', ""),
         ("multiplied by the factor", "1 / (scaling.factor * period)", "scaling.factor / period"),
         ("give the result that name", "frequencies = 1", "result = 1"),
+        ("max(low, 0)", "max(low, 0)", "low"),
+        ("min(high, N - 1)", "min(high, N - 1)", "high"),
+        ("on the meta device the numbers are lost", ', device="cpu"', ""),
     ],
     ("deepseek_v3", "softmax_scale"): [
         ("N values: a score", " + config.qk_rope_head_dim", ""),
@@ -420,6 +474,16 @@ WRONG = {
          "scaling.mscale)"),
         ("upside down", "** -0.5", "** 0.5"),
         ("a Python float", "return scale", "return torch.tensor(scale)"),
+        ("mscale_all_dim alone decides", "n = config.qk_nope_head_dim + config.qk_rope_head_dim\n"
+         "s = config.rope_scaling\nm = mscale(s.factor, s.mscale_all_dim) if s and s.mscale and s.mscale_all_dim "
+         "else 1.0\nreturn m * m / n ** 0.5"),
+        ("the square is taken of everything", "n = config.qk_nope_head_dim + config.qk_rope_head_dim\n"
+         "s = config.rope_scaling\nif s and s.mscale_all_dim:\n"
+         "    return (mscale(s.factor, s.mscale_all_dim) / n ** 0.5) ** 2\nreturn 1 / n ** 0.5"),
+        ("mscale_all_dim may be None", "n = config.qk_nope_head_dim + config.qk_rope_head_dim\n"
+         "s = config.rope_scaling\nm = mscale(s.factor, s.mscale_all_dim) if s else 1.0\nreturn m * m / n ** 0.5"),
+        ("in this order", "n = config.qk_nope_head_dim + config.qk_rope_head_dim\ns = config.rope_scaling\n"
+         "m = mscale(s.mscale_all_dim, s.factor) if s and s.mscale_all_dim else 1.0\nreturn m * m / n ** 0.5"),
     ],
     ("deepseek_v3", "router"): [
         ("the bias weighs too", "scores.gather(1, topk_ids)", "(scores + self.e_score_correction_bias).gather(1, "
@@ -436,6 +500,7 @@ WRONG = {
          "return (weights * self.routed_scaling_factor).to(x.dtype)"),
         ("before the sigmoid", "self.logits(x).sigmoid()", "(self.logits(x) + self.e_score_correction_bias).sigmoid()",
          "scores + self.e_score_correction_bias", "scores"),
+        ("the sum + 1e-20", " + 1e-20", ""),
     ],
     ("deepseek_v3", "bias_update"): [
         ("wrong way round", "counts.mean() - counts", "counts - counts.mean()"),
@@ -447,6 +512,12 @@ WRONG = {
          "bias += speed * (counts.mean() - counts).sign()\nreturn bias"),
         ("`speed` is not used", "speed * ", ""),
         ("returns nothing", "return bias", "bias"),
+        ("/ and not //", "loads = torch.bincount(topk_ids.flatten(), minlength=len(bias))\n"
+         "return bias + speed * (topk_ids.numel() // len(bias) - loads).sign()"),
+        ("of all E, those with 0 too", "loads = torch.bincount(topk_ids.flatten(), minlength=len(bias)).float()\n"
+         "return bias + speed * (loads[loads > 0].mean() - loads).sign()"),
+        ("topk_ids.flatten()", "loads = torch.bincount(topk_ids, minlength=len(bias)).float()\n"
+         "return bias + speed * (loads.mean() - loads).sign()"),
     ],
     ("deepseek_v3", "mtp_join"): [
         ("as in eq. 21", "self.enorm(embedded), self.hnorm(hidden)", "self.hnorm(hidden), self.enorm(embedded)"),
@@ -458,6 +529,7 @@ WRONG = {
         ("2 D values", "torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1)",
          "self.enorm(embedded) + self.hnorm(hidden)"),
         ("the two are added", "return self.enorm(embedded) + self.hnorm(hidden)"),
+        ("the state is added", "return ", "return hidden + "),
     ],
     ("deepseek_v3", "verify"): [
         ("always kept", "chance * guess[drafted] < truth[drafted]", "True"),
@@ -474,6 +546,10 @@ WRONG = {
         ("an int is wanted", "return drafted", "return torch.tensor(drafted)"),
         ("the draft is kept with probability truth", "chance * guess[drafted] < truth[drafted]",
          "chance < truth[drafted]"),
+        ("drawn from `generator`", "import random\nif random.random() * guess[drafted] < truth[drafted]:\n"
+         "    return drafted\nreturn draw((truth - guess).clamp(min=0), generator)"),
+        ("it changes truth", "if torch.rand((), generator=generator) * guess[drafted] < truth[drafted]:\n"
+         "    return drafted\ntruth -= guess\nreturn draw(truth.clamp(min=0), generator)"),
     ],
 }
 
@@ -531,7 +607,10 @@ RIGHT = {
                             "    if count != max_new_tokens:\n        logits = decode(model, token, cache)"],
     ("qwen3_moe", "router"): ["p = torch.softmax(self.logits(x), dim=-1, dtype=torch.float32)\n"
                               "w, i = torch.topk(p, self.num_experts_per_tok, dim=-1)\nif self.norm_topk_prob:\n"
-                              "    w /= w.sum(dim=-1, keepdim=True)\nreturn w.to(x.dtype), i"],
+                              "    w /= w.sum(dim=-1, keepdim=True)\nreturn w.to(x.dtype), i",
+                              "p = self.logits(x).float().softmax(-1)\nw, i = p.sort(-1, descending=True)\n"
+                              "w, i = (one[:, :self.num_experts_per_tok] for one in (w, i))\n"
+                              "return (w / w.sum(-1, True) if self.norm_topk_prob else w).to(x.dtype), i"],
     ("qwen3_moe", "mixture"): ["rows = []\nfor t, token in enumerate(x):\n    rows.append(sum(w * experts[e](token) "
                                "for w, e "
                                "in zip(weights[t], topk_ids[t].tolist())))\nreturn torch.stack(rows)"],

@@ -159,7 +159,11 @@ LATENTS = Check(latents_cases, run_latents, wrong_latents, [
     ({"heads": "parts apart"}, "the query is split before it is cut into heads: each head has its own N + P values"),
     ({"joined": "wrong"}, "the latents are joined in the wrong order: c (R) first, then k_rope (P)"),
 ], results=("the result", "what is written to the cache"), shape="(B, T, D)",
-    errors={"same number of dimensions": "c and k_rope need the axis of their one head: (B, 1, T, ·), by [:, None]",
+    errors={"no attribute 'q_proj'": "there is no q_proj where self.q_lora_rank is not None: self.q_a_proj, norm, "
+                                     "self.q_b_proj",
+            "no attribute 'q_a_": "there is no q_a_proj where self.q_lora_rank is None: self.q_proj",
+            "no attribute 'q_b_": "there is no q_b_proj where self.q_lora_rank is None: self.q_proj",
+            "same number of dimensions": "c and k_rope need the axis of their one head: (B, 1, T, ·), by [:, None]",
             "cannot access local variable": "the lines below use q_nope, q_rope and latents: give them these names",
             "referenced before assignment": "the lines below use q_nope, q_rope and latents: give them these names",
             "name 'q_nope' is not defined": "the lines below use q_nope, q_rope and latents: give them these names",
@@ -182,16 +186,23 @@ def forms_cases() -> list[Case]:
     return cases
 
 
+def form_of(module: ModuleType, dtype: torch.dtype) -> nn.Module:
+    """With YaRN's part of the scale, so that 1 / sqrt(N + P) in place of self.scale is not right by accident."""
+    attention = mla_of(module, dtype=dtype)
+    attention.scale *= 1.3
+    return attention
+
+
 def run_form(name: str):
     def run(module: ModuleType, i: SimpleNamespace) -> Tensor:
-        attention = mla_of(module, dtype=i.latents.dtype)
+        attention = form_of(module, i.latents.dtype)
         return getattr(attention, name)(i.q_nope, i.q_rope, i.latents, i._mask)
     return run
 
 
 def wrong_form(i: SimpleNamespace, order="key first", rope=True, nope=True, heads="right", values="v", c="right",
-               query="right", split="latent first", mask=True, scale=1.0, position="shared") -> Tensor:
-    a = mla_of(real_mla, dtype=i.latents.dtype)
+               query="right", split="latent first", mask=True, scale="own", position="shared") -> Tensor:
+    a = form_of(real_mla, i.latents.dtype)
     latent, k_rope = i.latents.split((R, P), -1)
     if split == "rope first":
         k_rope, latent = i.latents.split((P, R), -1)
@@ -215,7 +226,8 @@ def wrong_form(i: SimpleNamespace, order="key first", rope=True, nope=True, head
     q, k = [q_nope] * nope + [q_rope] * rope, [k_nope] * nope + [k_rope] * rope
     if query == "other order":
         q = q[::-1]
-    a.scale *= scale
+    a.scale = {"none": 1.0, "twice": a.scale ** 2, "root": (N + P) ** -0.5, "nope": N ** -0.5, "over": 1 / a.scale,
+               "both": a.scale * (N + P) ** -0.5, "latents": (R + P) ** -0.5}.get(scale, a.scale)
     seen = i._mask if mask else torch.ones_like(i._mask)
     if values == "latent":
         return a.sdpa(torch.cat(q, -1), torch.cat(k, -1), latent.expand(-1, H, -1, -1), seen)
@@ -235,12 +247,25 @@ SHARED = [
     ({"query": "other order"}, "query and key are joined in different orders: the part without position first in both"),
     ({"c": "normed again"}, "the latent is normed again: it was normed before it went into the cache"),
     ({"mask": False}, "the mask is not used: hand it to self.sdpa"),
-    ({"scale": (N + P) ** 0.5}, "the scale is missing: self.sdpa multiplies by self.scale"),
-    ({"scale": (N + P) ** -0.5}, "the scale is applied twice: self.sdpa does it"),
-    ({"scale": ((N + P) / N) ** 0.5}, "the scale is that of N values: a key has N + P, use self.scale"),
-    ({"scale": ((N + P) / (R + P)) ** 0.5}, "the scale is that of R + P values: the scores are those of N + P, so "
-                                            "use self.scale"),
+    ({"scale": "none"}, "the scale is missing: self.sdpa multiplies by self.scale"),
+    ({"scale": "twice"}, "the scale is applied twice: self.sdpa does it"),
+    ({"scale": "both"}, "the scale is applied twice: self.sdpa does it"),
+    ({"scale": "over"}, "the scores are divided by self.scale: multiply"),
+    ({"scale": "root"}, "the scale is 1 / sqrt(N + P): self.scale also has the factor of YaRN, so use that"),
+    ({"scale": "nope"}, "the scale is that of N values: a key has N + P, use self.scale"),
+    ({"scale": "latents"}, "the scale is that of R + P values: the scores are those of N + P, so use self.scale"),
 ]
+def after_expanded(module: ModuleType) -> str | None:
+    """The other form has the same numbers, and is another exercise."""
+    i = forms_cases()[0].copy()
+    attention, called = mla_of(module), []
+    attention.absorbed = lambda *_: called.append(True) or mla_of(real_mla).absorbed(*_)
+    with torch.no_grad():
+        attention.expanded(i.q_nope, i.q_rope, i.latents, i._mask)
+    return "the numbers are right, and self.absorbed computed them: here each head gets keys and values of its own, " \
+           "from self.kv_b_proj" if called else None
+
+
 EXPANDED = Check(forms_cases, run_form("expanded"), wrong_form, [
     *SHARED,
     ({"heads": "scrambled"}, "the heads are cut wrongly: unflatten(-1, (-1, N + M)) first, then transpose(1, 2); a "
@@ -249,7 +274,7 @@ EXPANDED = Check(forms_cases, run_form("expanded"), wrong_form, [
     ({"values": "latent"}, "the values are the latents: in this form each head has its own, made by kv_b_proj"),
     ({"position": "first head only"}, "only head 0 gets the rotary key: k_rope.expand(-1, H, -1, -1)"),
     ({"heads": "tokens first"}, "the result is (B, T, H, M), wanted is (B, H, T, M)"),
-], shape="(B, H, T, M)", errors={
+], shape="(B, H, T, M)", after=after_expanded, errors={
     "Sizes of tensors must match except in dimension": "the parts to be joined have different numbers of heads: "
                                                        "k_rope is one head, expand it to all",
     "mat1 and mat2": "kv_b_proj reads the R values of c alone: split the latents first"})
@@ -274,7 +299,7 @@ def wrong_absorbed(i: SimpleNamespace, last=True, values="v", fold="right", key=
                    out="right", **others) -> Tensor:
     if others or (last and values == "v" and fold == "right" and key == "right" and not swapped and out == "right"):
         return wrong_form(i, values=values if values in ("k",) else "v", **others)
-    a = mla_of(real_mla, dtype=i.latents.dtype)
+    a = form_of(real_mla, i.latents.dtype)
     W = a.kv_b_proj.weight.view(H, N + M, R)
     W_UK, W_UV = W.split((N, M), 1)
     q = torch.einsum("bhtn,hnr->bhtr", i.q_nope, W_UK)
@@ -384,8 +409,8 @@ def wrong_yarn(i: SimpleNamespace, limits="right", ramp="right", blend="right", 
     def pair(times: float) -> float:
         original = s.original_max_position_embeddings * (s.factor if base == "stretched" else 1)
         turns = original / (times * (2 * math.pi if turn else 1))
-        below = {"theta": 2 * math.log(i._theta), "once": math.log(i._theta), "10": 2 * math.log10(i._theta)}[log]
-        return size * math.log(turns) / below
+        below = {"once": math.log(i._theta), "10": 2 * math.log10(i._theta)}.get(log, 2 * math.log(i._theta))
+        return size * (math.log10(turns) if log == "10 above" else math.log(turns)) / below
 
     fast, slow = (s.beta_slow, s.beta_fast) if limits == "exchanged" else (s.beta_fast, s.beta_slow)
     if limits == "default":
@@ -400,7 +425,8 @@ def wrong_yarn(i: SimpleNamespace, limits="right", ramp="right", blend="right", 
     elif rounding == "inward" and s.truncate:
         low, high = math.ceil(low), math.floor(high)
     if bounds:
-        low, high = max(low, 0), min(high, 2 * n - 1)
+        low = low if bounds == "high alone" else max(low, 0)
+        high = high if bounds == "low alone" else min(high, 2 * n - 1)
     if bounds == "pairs":
         high = min(high, n - 1)
     if step and low == high:
@@ -413,6 +439,7 @@ def wrong_yarn(i: SimpleNamespace, limits="right", ramp="right", blend="right", 
     p = i._period
     by = {"right": s.factor, "times": 1 / s.factor, "root": s.factor ** 0.5}.get(factor, s.factor)
     frequencies = {"right": 1 / (by * p) * r + 1 / p * (1 - r), "periods": 1 / (by * p * r + p * (1 - r)),
+                   "upside down": 1 / (1 / (by * p) * r + 1 / p * (1 - r)),
                    "no original": 1 / (by * p) * r, "as periods": by * p * r + p * (1 - r),
                    "geometric": (1 / (by * p)) ** r * (1 / p) ** (1 - r), "sum": 1 / (by * p) + 1 / p}[blend]
     if i._meta and not everywhere:
@@ -445,7 +472,8 @@ YARN = Check(yarn_cases, run_yarn, wrong_yarn, [
     ({"ramp": "smooth"}, "the ramp is a smooth curve: it is a straight line"),
     ({"clamp": False}, "the ramp is not limited to 0 … 1: clamp(0, 1)"),
     ({"blend": "periods"}, "periods are blended: blend the frequencies, 1/period and 1/(factor * period)"),
-    ({"blend": "as periods"}, "these are periods: frequencies, 1/period, are wanted"),
+    *[({"blend": blend}, "these are periods: frequencies, 1/period, are wanted")
+      for blend in ("as periods", "upside down")],
     ({"blend": "geometric"}, "the blend is of logarithms: it is a plain weighted mean of both frequencies"),
     ({"blend": "no original"}, "the pairs that keep their speed are lost: + 1/period * (1 - ramp)"),
     ({"blend": "sum"}, "both frequencies are added without the ramp"),
@@ -458,16 +486,20 @@ YARN = Check(yarn_cases, run_yarn, wrong_yarn, [
     ({"rounding": "inward"}, "low is rounded up and high down: the other way round"),
     ({"turn": False}, "2 pi is missing in the number of turns: original / (times * 2 pi)"),
     ({"log": "once"}, "the divisor is ln(theta): it is 2 ln(theta)"),
-    ({"log": "10"}, "a logarithm to base 10 is mixed with a natural one: math.log in both places"),
+    *[({"log": log}, "a logarithm to base 10 is mixed with a natural one: math.log in both places")
+      for log in ("10", "10 above")],
     ({"half": 0.5}, "N is the number of values, 2 * len(period), and len(period) was used"),
     ({"base": "stretched"}, "the turns are counted in the stretched context: in the trained one, "
                             "original_max_position_embeddings"),
     ({"bounds": False}, "low and high may lie outside: low at least 0, high at most N - 1"),
+    ({"bounds": "high alone"}, "low may lie below 0: max(low, 0)"),
+    ({"bounds": "low alone"}, "high may lie beyond the last value: min(high, N - 1)"),
     ({"bounds": "pairs"}, "high is limited to the number of pairs: it is at most N - 1"),
     ({"step": False}, "where low and high are equal it divides by zero: add 0.001 to high"),
 ], results=("the frequencies", "the factor"), gradient=False, explain=explain_yarn,
     errors={"name 'frequencies'": "the lines below return `frequencies`: give the result that name",
             "local variable 'frequencies'": "the lines below return `frequencies`: give the result that name",
+            "expected device meta": 'on the meta device the numbers are lost: create the ramp with device="cpu"',
             "on device meta": 'on the meta device the numbers are lost: create the ramp with device="cpu"',
             "same device": 'on the meta device the numbers are lost: create the ramp with device="cpu"',
             "division by zero": "where low and high are equal it divides by zero: add 0.001 to high"})
@@ -484,7 +516,10 @@ def scale_cases() -> list[Case]:
                 (None, 4, 6, ("without YaRN",)), (yarn(mscale=1.0, mscale_all_dim=1.0), 128, 64, ("with YaRN",)),
                 (yarn(mscale=0.707, mscale_all_dim=0.5), 16, 8, ("with YaRN",)),
                 (yarn(), 16, 8, ("with YaRN and without mscale_all_dim",)),
-                (yarn(mscale_all_dim=0.0), 16, 8, ("with YaRN and without mscale_all_dim",)))]
+                (yarn(mscale_all_dim=0.0), 16, 8, ("with YaRN and without mscale_all_dim",)),
+                (yarn(mscale=1.0, mscale_all_dim=0.6), 16, 8, ("with YaRN",)),
+                (yarn(mscale=1.0), 16, 8, ("with YaRN and without mscale_all_dim",)),
+                (yarn(mscale_all_dim=0.8), 16, 8, ("with YaRN and without mscale",)))]
 
 
 def wrong_scale(i: SimpleNamespace, size="both", power=2, m="all", root=True, up=False, kind=float):
@@ -494,7 +529,13 @@ def wrong_scale(i: SimpleNamespace, size="both", power=2, m="all", root=True, up
          "hidden": c.hidden_size // c.num_attention_heads, "D": c.hidden_size}[size]
     scale = (n ** 0.5 if up else n ** -0.5) if root else (n if up else 1 / n)
     s = c.rope_scaling
-    if s and m == "always":
+    if s and m == "whole" and s.mscale_all_dim:
+        return (scale * real_yarn.mscale(s.factor, s.mscale_all_dim)) ** 2
+    if s and m == "both" and not s.mscale:
+        return scale
+    if s and m == "mscale, if":
+        scale *= real_yarn.mscale(s.factor, s.mscale) ** power if s.mscale else 1
+    elif s and m == "always":
         scale *= real_yarn.mscale(s.factor, s.mscale_all_dim or 1.0) ** power
     elif s and s.mscale_all_dim and m != "ignored":
         factor = {"mscale": lambda: real_yarn.mscale(s.factor, s.mscale or 1.0), "factor": lambda: s.factor,
@@ -516,14 +557,17 @@ SCALE = Check(scale_cases, lambda module, i: module.softmax_scale(i._config), wr
     ({"size": "D"}, "the scale is that of hidden_size: a score is a dot product over N + P"),
     ({"root": False}, "the root is missing: 1 / sqrt(N + P)"),
     ({"up": True}, "it is upside down: 1 / sqrt(N + P)"),
-    ({"m": "ignored"}, "with YaRN the factor mscale² is missing"),
+    ({"m": "ignored"}, "with YaRN the factor mscale² is missing (or is 1 by accident: it is mscale(factor, m), in this "
+                       "order)"),
+    ({"m": "whole"}, "the square is taken of everything: only mscale is squared, 1 / sqrt(N + P) is not"),
+    ({"m": "both"}, "the factor is left out where scaling.mscale is None or 0: scaling.mscale_all_dim alone decides"),
     ({"power": 1}, "mscale comes once: it belongs to query and key, so it is squared in the score"),
     ({"power": -2}, "it is divided by mscale²: multiply, so that the softmax becomes sharper"),
     ({"power": -1}, "it is divided by mscale: multiply by mscale²"),
     ({"power": 4}, "mscale comes four times: it belongs to query and key, so it is squared"),
     ({"power": 0.5}, "the root of mscale is taken: it is squared"),
     ({"m": "always"}, "without mscale_all_dim (None or 0) there is no factor"),
-    ({"m": "mscale"}, "scaling.mscale is used: it is scaling.mscale_all_dim"),
+    *[({"m": m}, "scaling.mscale is used: it is scaling.mscale_all_dim") for m in ("mscale", "mscale, if")],
     ({"m": "one"}, "mscale is computed for m = 1: m is scaling.mscale_all_dim"),
     ({"m": "factor"}, "it is multiplied by the factor itself: by mscale(factor, mscale_all_dim) ** 2"),
     ({"m": "itself"}, "mscale_all_dim itself is the factor: it is the m in mscale(scaling.factor, m)"),
@@ -531,6 +575,8 @@ SCALE = Check(scale_cases, lambda module, i: module.softmax_scale(i._config), wr
     ({"m": "quotient", "power": 1}, "this is the quotient for cos and sin: the scale has mscale(factor, "
                                     "mscale_all_dim) ** 2"),
 ], gradient=False, errors={
+    "'float' and 'NoneType'": "scaling.mscale_all_dim may be None: there is no factor then",
+    "'NoneType' and 'float'": "scaling.mscale_all_dim may be None: there is no factor then",
     "'NoneType' object has no attribute": "config.rope_scaling may be None: there is no factor then"})
 
 
@@ -549,7 +595,10 @@ def router_cases() -> list[Case]:
         cases.append(Case({"x": normal(n, D, seed=seed, dtype=dtype, scale=1.5), "_bias": shift, "_dtype": dtype,
                            "_config": config(n_routed_experts=E, num_experts_per_tok=A, n_group=groups, topk_group=best,
                                              norm_topk_prob=norm, routed_scaling_factor=factor)}, tags))
-    return cases
+    nothing = Case(cases[1].inputs | {}, ("where all scores are 0",))
+    weight = v3_router(real_moe, nothing.copy()).weight.detach()
+    nothing.inputs["x"] = -200 * torch.linalg.pinv(weight).sum(1).expand(2, D)  # so that each logit is -200
+    return [*cases, nothing]
 
 
 def v3_router(module: ModuleType, i: SimpleNamespace) -> nn.Module:
@@ -597,7 +646,7 @@ def wrong_v3_router(i: SimpleNamespace, score="sigmoid", bias="chooses", weigh="
                "logits": logits}[weigh].gather(1, ids)
     if bias == "weighs only":
         weights = (scores + router.e_score_correction_bias).gather(1, ids)
-    if norm == "before":
+    if norm == "before" or norm == "before, if" and c.norm_topk_prob:
         weights = (scores / scores.sum(-1, keepdim=True)).gather(1, ids)
     scaled = when == "before"
     weights = weights * c.routed_scaling_factor if scaled and factor else weights
@@ -607,6 +656,8 @@ def wrong_v3_router(i: SimpleNamespace, score="sigmoid", bias="chooses", weigh="
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     elif norm == "softmax" and c.norm_topk_prob:
         weights = weights.softmax(-1)
+    elif norm == "bare" and c.norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True)
     elif norm == "tokens" and c.norm_topk_prob:
         weights = weights / (weights.sum(0, keepdim=True) + 1e-20)
     if factor == "only normed":
@@ -660,7 +711,9 @@ ROUTER = Check(router_cases, lambda module, i: by_expert(v3_router(module, i)(i.
     ({"norm": "always"}, "the weights are divided by their sum always: only where self.norm_topk_prob is set"),
     ({"norm": "inverted"}, "norm_topk_prob is the wrong way round"),
     ({"norm": "all"}, "the weights are divided by the sum over all tokens: by each token's own (dim=-1)"),
-    ({"norm": "before"}, "the scores are divided by the sum over all experts: by the sum of the chosen ones"),
+    *[({"norm": norm}, "the scores are divided by the sum over all experts: by the sum of the chosen ones")
+      for norm in ("before", "before, if")],
+    ({"norm": "bare"}, "where all scores are 0 it is 0/0: divide by the sum + 1e-20"),
     ({"norm": "softmax"}, "a softmax runs over the chosen weights: divide them by their sum"),
     ({"norm": "tokens"}, "the weights are divided by the sum over the tokens: by each token's own (dim=-1)"),
     ({"when": "before"}, "the factor comes before the division by the sum, which takes it out again: multiply at the "
@@ -697,6 +750,8 @@ def bias_cases() -> list[Case]:
         ids = scores.topk(A).indices
         if n == 2:  # two experts exactly at the mean
             ids = torch.tensor([[0, 1], [0, 1], [0, 2], [0, 1], [0, 2], [0, 1], [2, 0], [2, 3]])
+        if n == 1:  # a mean of 5.4, and two experts with 5
+            ids = torch.tensor([[0, 1, 2]] * 4 + [[0, 1, 3]] + [[0, 3, 2]] * 4)
         cases.append(Case({"bias": normal(E, seed=n + 9, scale=0.1), "topk_ids": ids, "_speed": speed}))
     return cases
 
@@ -710,7 +765,8 @@ def wrong_bias(i: SimpleNamespace, sign=1, how="sign", against="mean", count="al
         counts = counts / ids.numel()
     if count == "distinct":
         counts = (counts > 0).float()
-    middle = {"mean": counts.mean(), "median": counts.median(), "tokens": torch.tensor(len(ids) / E),
+    middle = {"mean": counts.mean(), "floor": counts.mean().floor(), "used": counts[counts > 0].mean(),
+              "median": counts.median(), "tokens": torch.tensor(len(ids) / E),
               "zero": torch.tensor(0.0), "even": torch.tensor(1 / E), "largest": counts.max(),
               "whole": torch.tensor(float(ids.numel()))}[against]
     off = middle - counts
@@ -734,6 +790,8 @@ BIAS = Check(bias_cases, lambda module, i: module.bias_update(i.bias, i.topk_ids
     ({"how": "step"}, "an expert exactly at the mean is moved: torch.sign gives 0 there"),
     ({"how": "step up"}, "an expert exactly at the mean is moved: torch.sign gives 0 there"),
     ({"against": "median"}, "the counts are compared with their median: with their mean"),
+    ({"against": "floor"}, "the mean is cut to an integer: / and not //"),
+    ({"against": "used"}, "the mean is that of the experts that were chosen: of all E, those with 0 too"),
     ({"against": "tokens"}, "the counts are compared with n/E: the mean is n·A/E, as each token has A choices"),
     ({"against": "even"}, "counts are compared with 1/E, which is a share: compare with the mean count"),
     ({"against": "zero"}, "the counts are compared with 0: with their mean"),
@@ -749,6 +807,7 @@ BIAS = Check(bias_cases, lambda module, i: module.bias_update(i.bias, i.topk_ids
     ({"count": "distinct"}, "it is counted whether an expert was chosen, and not how often"),
 ], shape="(E,)", gradient=False, errors={
     "must match the size": "an expert that nobody chose is forgotten: torch.bincount needs minlength=len(bias)",
+    "bincount only supports 1-d": "all choices are counted in one row: topk_ids.flatten()",
     "mean(): could not infer": "counts are integers: .float() before the mean"})
 
 
@@ -778,8 +837,8 @@ def wrong_join(i: SimpleNamespace, order="embedding first", enorm=True, hnorm=Tr
         return layer.eh_proj(torch.cat((a + b, a + b), -1))
     if how == "sum":
         return a + b
-    if how == "residual":
-        return i.embedded + layer.eh_proj(torch.cat((a, b), -1))
+    if how.startswith("residual"):
+        return (i.hidden if how.endswith("state") else i.embedded) + layer.eh_proj(torch.cat((a, b), -1))
     if how == "same":
         return layer.eh_proj(torch.cat((a, a), -1))
     x = torch.cat((a, b) if order == "embedding first" else (b, a), -1)
@@ -801,6 +860,7 @@ JOIN = Check(join_cases, lambda module, i: join_of(module, i.embedded.dtype).joi
     ({"project": False}, "self.eh_proj is missing: it makes D values of the 2 D"),
     ({"how": "sum"}, "the two are added: put them side by side (torch.cat), and project"),
     ({"how": "residual"}, "the embedding is added to the result: the projection alone is wanted"),
+    ({"how": "residual, state"}, "the state is added to the result: the projection alone is wanted"),
     ({"how": "same"}, "the embedding stands there twice: embedding and state"),
     ({"how": "mixed"}, "the values alternate: torch.cat puts one after the other"),
 ], shape="(B, T, D)", errors={
@@ -828,8 +888,12 @@ def run_verify(module: ModuleType, i: SimpleNamespace) -> tuple:
     generator = torch.Generator().manual_seed(7)
     counts = [0] * 4
     before = torch.get_rng_state()
+    given = i._truth.clone(), i._guess.clone()
     for _ in range(DRAWS):
         token = module.verify(i._truth, i._guess, i._drafted, generator)
+        for name, was, tensor in zip(("truth", "guess"), given, (i._truth, i._guess)):
+            if not torch.equal(was, tensor):  # now, since it spoils what follows
+                raise Off(f"it changes {name}, which it was given: make a new tensor instead of writing into that one")
         if isinstance(token, Tensor) and token.numel() == 1:
             raise Off("it returns a tensor: an int is wanted, int(…)")
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < 4:
@@ -839,6 +903,11 @@ def run_verify(module: ModuleType, i: SimpleNamespace) -> tuple:
     if not torch.equal(before, torch.get_rng_state()):
         raise Off("random numbers are drawn without the generator: with one seed the answer would change from run to "
                   "run")
+    again, found = [torch.Generator().manual_seed(9) for _ in range(2)], []
+    for generator in again:
+        found.append([module.verify(i._truth, i._guess, i._drafted, generator) for _ in range(100)])
+    if found[0] != found[1]:  # Python's own random numbers, for example
+        raise Off("with the same generator other tokens come: all random numbers have to be drawn from `generator`")
     return (torch.tensor(counts) / DRAWS,)
 
 

@@ -12,6 +12,7 @@ from qwen3 import layers as real
 from qwen3.config import Config, Yarn
 
 from .exercises import PACKAGES, ROOT
+from .graft import Off
 from .judge import Case, Check, fill, normal
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -555,7 +556,10 @@ def attention_cases() -> list[Case]:
 def run_attention(module: ModuleType, i: SimpleNamespace) -> tuple:
     attention = attention_of(module, N, H, K, seed=3)
     cache = None if i._past is None else Cache(*i._past)
+    before = cache and cache.length
     out = attention(i.x, i._cos, i._sin, i._mask, cache)
+    if cache and cache.length != before:
+        raise Off("cache.length is moved on here, once for each layer: the model does it when all have written")
     return (out, [] if cache is None else cache.written)
 
 
@@ -593,14 +597,14 @@ def wrong_attention(i: SimpleNamespace, qnorm=True, knorm=True, norms="own", ord
     if i._past is not None and written:
         cache = Cache(*i._past)
         given = (plain_k, v) if cached == "before" else (k, v)
-        whole = cache.write(layer, *(given[::-1] if swap else given))
+        whole = cache.write(layer, *(given[::-1] if swap in (True, "both") else given))
         kept = cache.written
         if used:
             k, v = whole[::-1] if swap == "both" else whole
             if cached in ("before", "again"):
                 k = turned(k, "k")
     seen = i._mask if mask else torch.ones_like(i._mask)
-    y = a.sdpa(q, k, v, seen)
+    y = a.sdpa(q, *((v, k) if swap == "at the end" else (k, v)), seen)
     if out == "scrambled":
         y = y.reshape(B, T, -1)
     elif out == "sizes exchanged":
@@ -664,6 +668,7 @@ ATTENTION = Check(attention_cases, run_attention, wrong_attention, [
     ({"cached": "again"}, "keys that come out of the cache are rotated again: they were, when they went in"),
     ({"swap": True}, "cache.write wants keys, then values"),
     ({"swap": "both"}, "keys and values are exchanged in the cache: it wants keys first, then values"),
+    ({"swap": "at the end"}, "self.sdpa wants keys, then values"),
     ({"used": False}, "what cache.write returns is not used: it is the keys and values of all tokens so far"),
     ({"written": False}, "the cache is not used: with one, k, v = cache.write(self.layer_idx, k, v)"),
     ({"layer": 0}, "every layer writes to place 0 of the cache: use self.layer_idx"),

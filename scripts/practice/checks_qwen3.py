@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 
@@ -224,7 +225,7 @@ def wrong_transformer(i: SimpleNamespace, first="cache", padded=True, mask="righ
                   "not the first": transformer.layers[1:], "only the first": transformer.layers[:1],
                   "reversed": reversed(transformer.layers), "the first again": [transformer.layers[0]] * 3}[run]:
         x = layer(x if chained else embedded, cos, sin, seen, cache if cached else None)
-        x = transformer.norm(x) if norm == "each" else x
+        x = transformer.norm(x) if norm in ("each", "each and last") else x
         if moved == "each" and cache is not None:
             cache.length += T
     if moved == "after" and cache is not None:
@@ -233,7 +234,7 @@ def wrong_transformer(i: SimpleNamespace, first="cache", padded=True, mask="righ
         cache.length += 1
     elif moved == "set" and cache is not None:
         cache.length = T
-    x = transformer.norm(x) if norm in ("last", "twice") else x
+    x = transformer.norm(x) if norm in ("last", "twice", "each and last") else x
     x = transformer.norm(x) if norm == "twice" else x
     return outcome(transformer, cache, x, i)
 
@@ -283,6 +284,7 @@ TRANSFORMER = Check(transformer_cases, run_transformer, wrong_transformer, [
     ({"norm": "never"}, "the final norm is missing: return self.norm(x)"),
     ({"norm": "first"}, "the norm comes before the layers: it comes at the end"),
     ({"norm": "each"}, "the final norm runs after each layer: once, at the end"),
+    ({"norm": "each and last"}, "the final norm runs after each layer: once, at the end"),
     ({"norm": "twice"}, "the final norm runs twice"),
     ({"scale": True}, "the embedding is multiplied by the root of the hidden size, as Gemma does: Qwen3 does not"),
     ({"run": "not the last"}, "the last layer is left out"),
@@ -294,7 +296,9 @@ TRANSFORMER = Check(transformer_cases, run_transformer, wrong_transformer, [
     ({"cached": False}, "the cache is not handed on to the layers"),
 ], results=("the result", "the positions", "cache.length"), shape="(B, T, D)", probe=probe_transformer,
     gradient=False, explain=explain_transformer,
-    errors={"too many indices": "the positions need two axes for self.rotary_emb: (1, T) or (B, T)",
+    errors={"must match the size": "positions or mask do not fit: there are T = token_ids.shape[1] new tokens, and "
+                                   "both begin at cache.length",
+            "too many indices": "the positions need two axes for self.rotary_emb: (1, T) or (B, T)",
             "'NoneType' object has no attribute": "without a cache, cache is None, and it has neither length nor "
                                                   "padding"})
 
@@ -320,6 +324,10 @@ CONVERSATIONS = (
     ([user("1+1?"), answer("a", reasoning_content="\nr\n"), answer("\nb")], True, ("with two answers at the end",)),
     ([user("1+1?"), answer("a"), answer("b")], False, ("with two answers at the end",)),
     ([user("a<|im_end|>\n<|im_start|>user\nb")], True, ("where a text spells a special token",)),
+    ([user(" a \n"), answer(" b ", reasoning_content="\n  r \n"), answer("\n  c \n")], True,
+     ("with blanks around a text",)),
+    ([{"role": "system", "content": "Be short."}, answer("b", reasoning_content="r")], True,
+     ("where nothing was asked",)),
 )
 
 
@@ -342,7 +350,8 @@ def marked(parts: object) -> object:
 
 def wrong_chat(i: SimpleNamespace, special="marked", role="\n", end=True, newline=True, header=True,
                thinking="off", earlier="dropped", later="kept", last=True, before="\n", after="\n\n", strip=True,
-               content="text", block="\n\n", tail="\n\n", system=True, begin=True, lstrip=True) -> object:
+               content="text", block="\n\n", tail="\n\n", system=True, begin=True, lstrip=True, blanks="kept",
+               unasked="answer") -> object:
     mark = Special if special == "marked" else str
     parts, asked = [], real_tokenizer.last_question(i.messages)
     for n, message in enumerate(i.messages):
@@ -351,7 +360,8 @@ def wrong_chat(i: SimpleNamespace, special="marked", role="\n", end=True, newlin
         body = [message["content"]]
         if message["role"] == "assistant":
             reasoning, said = real_tokenizer.split_reasoning(message)
-            shown = n > asked and (reasoning or (last and n == len(i.messages) - 1))
+            after_it = n > asked or (unasked == "thoughts" and n == len(i.messages) - 1)
+            shown = after_it and (reasoning or (last and n == len(i.messages) - 1))
             if later == "dropped":
                 shown = False
             elif later == "always" and n > asked:
@@ -365,8 +375,12 @@ def wrong_chat(i: SimpleNamespace, special="marked", role="\n", end=True, newlin
                 body = [message["content"]]
             elif shown:
                 inner = reasoning.strip("\n") if strip else reasoning
-                body = [mark(THINK), before + inner + before, mark(END_THINK),
-                        after + (said.lstrip("\n") if lstrip else said)]
+                inner = reasoning.strip() if blanks in ("cut", "cut in reasoning") else inner
+                said = {"cut": said.strip, "cut in answer": said.strip, "cut before": said.lstrip}.get(
+                    blanks, lambda: said.lstrip("\n") if lstrip else said)()
+                body = [mark(THINK), before + inner + before, mark(END_THINK), after + said]
+        elif content == "cut":
+            body = [message["content"].strip()]
         if content == "special":
             body = [Special(part) for part in body]
         parts += [mark(IM_START)] * begin + [message["role"] + role, *body] + [mark(IM_END)] * end + ["\n"] * newline
@@ -425,6 +439,12 @@ CHAT = Check(chat_cases, lambda module, i: marked(module.chatml(i.messages, i._t
     ({"last": False}, "the very last message, if an answer, has a think block even if it is empty"),
     ({"strip": False}, "the newlines around the reasoning are not cut: reasoning.strip(\"\\n\")"),
     ({"lstrip": False}, "the newlines before the answer are not cut: answer.lstrip(\"\\n\")"),
+    ({"content": "cut"}, "the blanks and newlines around a content are cut: it is written as it is"),
+    *[({"blanks": where}, "blanks are cut as well: only newlines are, strip(\"\\n\") around the reasoning and "
+                          "lstrip(\"\\n\") before the answer")
+      for where in ("cut", "cut in reasoning", "cut in answer", "cut before")],
+    ({"unasked": "thoughts"}, "where nothing was asked, last_question is the last message itself: only what comes "
+                              "after it has a think block, i > last_question(messages)"),
     ({"before": ""}, "inside the think block the reasoning has a newline before and after it"),
     ({"after": ""}, "two newlines are missing between </think> and the answer"),
     ({"after": "\n"}, "one newline is missing between </think> and the answer"),
@@ -448,7 +468,13 @@ def sampling_cases() -> list[Case]:
                  (1.3, None, None, 0.2, ("with min_p alone",)), (0.8, None, 0.9, 0.3, ("with top_p and min_p",)),
                  (1.0, 0, 1.0, 0.0, ("with rules switched off by 0 or 1",)),
                  (1.0, 20, 0.6, None, ("with top_k larger than V",)), (1.0, None, 0.05, None, ("with a small top_p",)),
-                 (1.0, 1, None, None, ("with top_k 1",)))]
+                 (1.0, 1, None, None, ("with top_k 1",)), (1.0, None, None, 1.0, ("with min_p 1",)))]
+    rows = torch.tensor(LOGITS) * torch.tensor([[0.3], [2.0]])  # an unsure row and a sure one
+    cases.append(Case({"_logits": rows, "temperature": 1.0, "top_k": None, "top_p": None, "min_p": 0.4},
+                      ("where one row is surer than the other",)))
+    equal = torch.tensor([[0.0] * 4 + [-200.0] * 3] * 2)  # four times 0.25, whose sums are exact
+    cases.append(Case({"_logits": equal, "_ties": True, "temperature": 1.0, "top_k": None, "top_p": 0.5,
+                       "min_p": None}, ("where a sum is exactly top_p",)))
     low = torch.tensor(LOGITS, dtype=torch.bfloat16)
     return [*cases, Case({"_logits": 100 * torch.tensor(LOGITS), "temperature": 1e-37, "top_k": None, "top_p": None,
                           "min_p": None}, ("with a tiny temperature",)),
@@ -456,14 +482,18 @@ def sampling_cases() -> list[Case]:
                          ("for bfloat16 logits",))]
 
 
-def spread(result: object, V: int = 7) -> object:
-    """(probabilities, ids) -> the probability of each token of the vocabulary (B, V)."""
+def spread(result: object, i: SimpleNamespace, V: int = 7) -> object:
+    """(probabilities, ids) -> the probability of each token of the vocabulary (B, V).
+
+    Which of equally likely tokens is dropped is left open, so the input with such has its probabilities sorted.
+    """
     if not (isinstance(result, tuple | list) and len(result) == 2 and all(isinstance(x, Tensor) for x in result)):
         return result
     probabilities, ids = result
     if not ids.is_floating_point() and probabilities.is_floating_point() and ids.shape == probabilities.shape:
         if ids.ndim == 2 and len(ids) == 2 and ids.numel() and 0 <= ids.min() and ids.max() < V:
-            return torch.zeros(2, V, dtype=probabilities.dtype).scatter_add(1, ids.long(), probabilities)
+            spread_out = torch.zeros(2, V, dtype=probabilities.dtype).scatter_add(1, ids.long(), probabilities)
+            return spread_out.sort(-1, descending=True).values if hasattr(i, "_ties") else spread_out
     return result
 
 
@@ -472,7 +502,7 @@ def wrong_sampling(i: SimpleNamespace, temperature="divides", k="right", p="righ
     x = i._logits if dtype == "own" else i._logits.float()
     t = i.temperature
     if shift:
-        x = x - x.max(-1, keepdim=True).values
+        x = x - (x.max() if shift == "one" else x.max(-1, keepdim=True).values)
     late = temperature == "late"
     x = {"divides": x / t, "times": x * t}.get(temperature, x)
     whole = x
@@ -495,7 +525,8 @@ def wrong_sampling(i: SimpleNamespace, temperature="divides", k="right", p="righ
             return values
         q = values.softmax(-1)
         total = q.cumsum(-1)
-        drop = {"below": total > top_p, "one more": (total - q) - q.roll(1, -1) * (torch.arange(V) > 0) >= top_p,
+        drop = {"below": total > top_p, "below or equal": total >= top_p, "or equal": total - q > top_p,
+                "one more": (total - q) - q.roll(1, -1) * (torch.arange(V) > 0) >= top_p,
                 "likely": q < top_p, "rare": q < 1 - top_p, "ascending": q.flip(-1).cumsum(-1).flip(-1) > top_p,
                 "above": total - q < top_p, "at least one": (total > top_p) & (torch.arange(V) > 0)}.get(
                     p, total - q >= top_p)
@@ -511,18 +542,17 @@ def wrong_sampling(i: SimpleNamespace, temperature="divides", k="right", p="righ
     if order == "not renormalized":  # the rules look at shares of the whole vocabulary
         kept = cut_k(cut_p(values))
     base = values if softmax == "first" else cut_k(values)
-    if late:
-        base, kept_mask = base / t, kept == -torch.inf
-    else:
-        kept_mask = kept == -torch.inf
-    probabilities = base.softmax(-1).masked_fill(kept_mask, 0)
+    base = base / t if late else base
+    dropped = (kept == -torch.inf) & (values > -torch.inf)  # what has overflowed to -inf is not dropped by a rule
+    probabilities = base.softmax(-1).masked_fill(dropped, 0)
     if temperature == "after":
         probabilities = probabilities / t
     if i.min_p and m != "ignored":
         best = probabilities.amax(-1, keepdim=True)
-        limit = {"absolute": torch.full_like(best, i.min_p), "inverse": best * (1 - i.min_p)}.get(m, best * i.min_p)
-        probabilities = probabilities.masked_fill(
-            probabilities > limit if m == "above" else probabilities < limit, 0)
+        limit = {"absolute": torch.full_like(best, i.min_p), "inverse": best * (1 - i.min_p),
+                 "one row": best.max() * i.min_p}.get(m, best * i.min_p)
+        drop = {"above": probabilities > limit, "beyond": probabilities <= limit}.get(m, probabilities < limit)
+        probabilities = probabilities.masked_fill(drop, 0)
     if again:
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     if dtype == "log":
@@ -532,7 +562,7 @@ def wrong_sampling(i: SimpleNamespace, temperature="divides", k="right", p="righ
         places = torch.arange(V).expand_as(places)
     elif ids == "swapped":
         return [places, probabilities]
-    return spread((probabilities, places))
+    return spread((probabilities, places), i)
 
 
 def explain_sampling(a: object, b: object, case: Case) -> str | None:
@@ -542,6 +572,8 @@ def explain_sampling(a: object, b: object, case: Case) -> str | None:
         if a[0].shape != a[1].shape:
             return f"probabilities {tuple(a[0].shape)} and ids {tuple(a[1].shape)} must have one shape, (B, C): topk " \
                    "returns the ids that belong to its values"
+        if not a[0].numel():
+            return "no candidate is left: top_k 0 and None take all tokens"
         return f"probabilities are {str(a[0].dtype)[6:]} and ids {str(a[1].dtype)[6:]} of shape {tuple(a[0].shape)}: " \
                "wanted are float32 and ids of the vocabulary, (B, C) each"
     if not isinstance(a, Tensor):
@@ -569,13 +601,16 @@ def explain_sampling(a: object, b: object, case: Case) -> str | None:
 
 
 SAMPLING = Check(sampling_cases, lambda module, i: spread(module.top_k_top_p(
-    i._logits, i.temperature, i.top_k, i.top_p, i.min_p)), wrong_sampling, [
+    i._logits, i.temperature, i.top_k, i.top_p, i.min_p), i), wrong_sampling, [
     ({"temperature": "times"}, "the logits are multiplied by the temperature: divide by it"),
     ({"temperature": "ignored"}, "the temperature is not used: divide the logits by it, before the softmax"),
     ({"temperature": "after"}, "the temperature divides probabilities: it divides logits, before the softmax"),
     ({"temperature": "late"}, "the temperature comes after the cuts: divide the logits first, top_p depends on it"),
     ({"shift": False}, "a tiny temperature gives NaN: subtract the largest logit before dividing, so that nothing "
                        "overflows"),
+    ({"shift": "one"}, "the largest logit of all rows is subtracted: each row has its own (dim=-1, keepdim=True)"),
+    ({"shift": "one", "m": "one row"}, "the largest of all rows is used, of the logits and with min_p: each row has "
+                                       "its own (dim=-1, keepdim=True)"),
     ({"k": "ignored"}, "top_k is not used"),
     ({"k": "one more"}, "one candidate too many stays with top_k"),
     ({"k": "one less"}, "one candidate too few stays with top_k"),
@@ -584,11 +619,13 @@ SAMPLING = Check(sampling_cases, lambda module, i: spread(module.top_k_top_p(
                                                         "top_k first, then softmax"),
     ({"order": "pk"}, "top_p is applied before top_k: the other way round, on the softmax of what top_k keeps"),
     ({"p": "ignored"}, "top_p is not used"),
-    ({"p": "below"}, "the token with which the sum reaches top_p is dropped: it stays, since the set has to reach "
-                     "top_p (look at the sum before each token)"),
+    *[({"p": where}, "the token with which the sum reaches top_p is dropped: it stays, since the set has to reach "
+                     "top_p (look at the sum before each token)") for where in ("below", "below or equal")],
     ({"p": "at least one"}, "the token with which the sum reaches top_p is dropped: it stays, since the set has to "
                             "reach top_p (look at the sum before each token)"),
     ({"p": "one more"}, "one token too many stays with top_p: the set ends with the token that reaches it"),
+    ({"p": "or equal"}, "where the likelier tokens reach top_p exactly, one more stays: the sum before a token has to "
+                        "be below top_p, < and not <="),
     ({"p": "unsorted"}, "the sum for top_p runs in the order of the ids: sort first, the likeliest in front"),
     ({"p": "unsorted alone"}, "without top_k the sum for top_p runs in the order of the ids: sort first, the likeliest "
                               "in front"),
@@ -598,6 +635,8 @@ SAMPLING = Check(sampling_cases, lambda module, i: spread(module.top_k_top_p(
     ({"p": "above"}, "top_p keeps the unlikely tokens and drops the likely ones: the wrong way round"),
     ({"m": "ignored"}, "min_p is not used"),
     ({"m": "absolute"}, "min_p is compared with the probability itself: it is a share of the likeliest one's"),
+    ({"m": "beyond"}, "a token with exactly min_p times the largest probability is dropped: it stays, >= and not >"),
+    ({"m": "one row"}, "min_p looks at the largest probability of all rows: each row has its own"),
     ({"m": "first"}, "min_p comes before top_p: the other way round"),
     ({"m": "first", "again": True}, "min_p comes before top_p, and the probabilities are normalized again"),
     ({"m": "above"}, "min_p drops the likely tokens: the wrong way round"),
@@ -674,7 +713,8 @@ def collect(i: SimpleNamespace, make) -> tuple:
     except ValueError as problem:
         if not i._broken:
             raise
-        error = "refused" if "finite" in str(problem) else str(problem)
+        number = re.search(r"token (-?\d+) are not finite", str(problem))
+        error = f"refused, token {number[1]}" if number else str(problem)
     finally:
         for hook in hooks:
             hook.remove()
@@ -702,7 +742,7 @@ def wrong_generate(i: SimpleNamespace, stop="before", feed="new", last=False, ch
                 logits = real_generate.decode(model, token, cache)
             for count in range(1, i._max + 1 + more):
                 if finite:
-                    real_generate.check_finite(logits, count)
+                    real_generate.check_finite(logits, count - (finite == "from 0"))
                 token = sampler(logits) if choose == "sampler" else logits.argmax(-1)
                 stopped = int(token) in i._stop
                 if stop == "before" and stopped:
@@ -739,7 +779,11 @@ def explain_generate(a: object, b: object, case: Case) -> str | None:
     if a[1] != b[1]:
         return f"the ids are {a[1]}, right are {b[1]} (prompt {case.inputs['_prompt']}, max_new_tokens " \
                f"{case.inputs['_max']}, stop ids {list(case.inputs['_stop'])})"
-    if a[2] != b[2]:
+    if a[2].startswith("refused"):
+        if a[2] != b[2]:
+            return f"check_finite is told that it is {a[2].removeprefix('refused, ')}, right is 1: it names the " \
+                   "token of the answer whose logits are broken"
+    elif a[2] != b[2]:
         return "logits that are not finite are not refused: check_finite(logits, count) comes before the choice"
     n = next((n for n, (x, y) in enumerate(zip(a[0], b[0])) if x != y), min(len(a[0]), len(b[0])))
     step = [(events[n] if n < len(events) else "ends") for events in (a[0], b[0])]
@@ -758,13 +802,18 @@ GENERATE = Check(generate_cases, run_generate, wrong_generate, [
     ({"more": 1}, "one token too many: max_new_tokens is the most that come"),
     ({"more": -1}, "one token too few: count runs from 1 to max_new_tokens"),
     ({"finite": False}, "check_finite(logits, count) is missing: NaN would be sampled"),
+    ({"finite": "from 0"}, "check_finite gets a count that begins with 0: it names the token in its message, and the "
+                           "first new one is 1"),
     ({"lazy": False}, "all ids come at the end: yield each before the next is computed"),
     ({"lazy": "ahead"}, "each id is yielded only after the next step is computed: yield first, then step"),
     ({"start": "all"}, "the whole prompt is read again: `unread` is what the cache does not hold yet"),
     ({"first": False}, "the first token is not yielded: the prefill's logits are those of the first new token"),
     ({"refill": True}, "the whole text is read again for each token: step(model, token, cache) reads only the new one"),
 ], results=("what happens", "the ids", "the refusal"), gradient=False, explain=explain_generate,
-    errors={"is not iterable": "it is no loop over ids: `yield` each id",
+    errors={**{part: "step wants the token as sampler gives it, a tensor of shape (1,)"
+               for part in ("too many values to unpack", "object is not subscriptable")},
+            "generator raised StopIteration": "a function that yields ends with `return`, not with StopIteration",
+            "is not iterable": "it is no loop over ids: `yield` each id",
             "the cache holds": "it reads more tokens than the cache has room for: each new token is fed back once"})
 
 CHECKS = {**OF_LAYERS, "layer": LAYER, "transformer": TRANSFORMER, "chat": CHAT, "top_k_top_p": SAMPLING,

@@ -30,8 +30,16 @@ def config(**changes) -> Config:
 
 # --- router ---
 
+def without_ties(case: Case) -> Case:
+    """Only the tokens whose experts all have different scores: which of two equal ones comes first is left open."""
+    scores = router_of(real, case.copy()).logits(case.inputs["x"]).sort(-1).values
+    case.inputs["x"] = case.inputs["x"][(scores.diff(dim=-1) > 0).all(-1)]
+    return case
+
+
 def router_cases() -> list[Case]:
-    return [Case({"x": normal(n, 10, seed=seed, dtype=dtype), "_A": A, "_norm": norm, "_dtype": dtype}, tags, strict)
+    return [without_ties(Case({"x": normal(n, 10, seed=seed, dtype=dtype), "_A": A, "_norm": norm, "_dtype": dtype},
+                              tags, strict))
             for seed, (n, A, norm, dtype, tags, strict) in enumerate((
                 (9, 3, True, torch.float32, ("with norm_topk_prob",), False),
                 (9, 3, False, torch.float32, ("without norm_topk_prob",), False),
@@ -48,8 +56,8 @@ def router_of(module: ModuleType, i: SimpleNamespace) -> nn.Module:
 def wrong_router(i: SimpleNamespace, over="softmax", norm="right", axis=-1, choose="largest", count="A", order=1,
                  low=False, weights="chosen", kind="x", late=False, sums=-1) -> tuple:
     router = router_of(real, i)
-    scores = router.logits(i.x)
-    scores = scores if low else scores.float()
+    scores = i.x.float() @ router.weight.float().T if low == "anew" else router.logits(i.x)
+    scores = scores if low is True else scores.float()
     A = {"A": i._A, "2": 2, "one more": i._A + 1, "one less": max(i._A - 1, 1)}[count]
     if over == "chosen":
         values, ids = scores.topk(A)
@@ -89,8 +97,8 @@ def explain_router(a: object, b: object, case: Case) -> str | None:
             return f"the weights are {str(a[0].dtype)[6:]} for x in {str(case.inputs['x'].dtype)[6:]}: they have the " \
                    "type of x"
         if case.strict and a[0].shape == b[0].shape:
-            return "the weights are rounded too early: softmax, choice and norm are computed in float32 (.float() on " \
-                   "the logits), and the type of x comes last"
+            return "the weights are rounded otherwise: self.logits(x) as it is, then .float(); softmax, choice and " \
+                   "norm in float32; and the type of x last"
         if a[1].shape == b[1].shape and not torch.equal(a[1], b[1]):
             t = int((a[1] != b[1]).any(-1).nonzero()[0])
             return f"token {t} goes to the experts {a[1][t].tolist()}, right are {b[1][t].tolist()}, the best first"
@@ -127,6 +135,8 @@ ROUTER = Check(router_cases, lambda module, i: tuple(router_of(module, i)(i.x)),
     ({"order": "exchanged"}, "the results are exchanged: weights first, then ids"),
     ({"kind": "float32"}, "the weights stay float32: they have the type of x"),
     ({"low": True}, "the softmax is computed in bfloat16: .float() on the logits first"),
+    ({"low": "anew"}, "the logits are computed anew in float32: take self.logits(x), which rounds them to the type of "
+                      "x, and .float() on that"),
     ({"late": True}, "the weights are rounded before they are divided by their sum: divide in float32"),
 ], results=("the weights", "the ids"), shape="(n, A)", explain=explain_router)
 
@@ -134,8 +144,9 @@ ROUTER = Check(router_cases, lambda module, i: tuple(router_of(module, i)(i.x)),
 # --- mixture, dispatch ---
 
 def routed(n: int, E: int, A: int, seed: int, D: int = 10, dtype: torch.dtype = torch.float32) -> dict:
-    """Tokens, and experts for them; the last expert is nobody's."""
-    scores = normal(n, E, seed=seed) - torch.tensor([0.0] * (E - 1) + [50.0])
+    """Tokens, and experts for them. One expert is nobody's: the last, or the first where the number is odd."""
+    nobody = [50.0] + [0.0] * (E - 1)
+    scores = normal(n, E, seed=seed) - torch.tensor(nobody if seed % 2 else nobody[::-1])
     weights, ids = scores.softmax(-1).topk(A)
     return {"x": normal(n, D, seed=seed + 90, dtype=dtype), "weights": (1.5 * weights).to(dtype), "_topk_ids": ids,
             "_E": E}
@@ -226,6 +237,7 @@ MIXTURES = [
                            "results of a token"),
     ({"first": True}, "only the first choice of each token counts: all A do"),
     ({"first": 2}, "only the first two choices of each token count: all A do"),
+    ({"all": "weighed"}, "every token runs through all experts: only through those of topk_ids"),
     ({"all": True}, "every token runs through all experts: only through those of topk_ids"),
     ({"ids": "place"}, "the place of the choice is taken for the expert: the expert is topk_ids[t, a]"),
     ({"ids": "first token"}, "every token goes to the experts of token 0: topk_ids[t, a]"),
@@ -358,8 +370,10 @@ def balance_cases() -> list[Case]:
     return cases
 
 
-def detached(p: Tensor, ids: Tensor) -> Tensor:
-    return solutions.balance_loss(p.detach(), ids)
+def chosen_alone(p: Tensor, ids: Tensor) -> Tensor:
+    """The probabilities of the chosen experts, which add up to 1, and 0 for the others."""
+    chosen = p.gather(-1, ids)
+    return torch.zeros_like(p).scatter(-1, ids, chosen / chosen.sum(-1, keepdim=True))
 
 
 BALANCES = BALANCE_MISTAKES | {
@@ -367,6 +381,8 @@ BALANCES = BALANCE_MISTAKES | {
         lambda p, ids: -solutions.balance_loss(p, ids),
     "this is 0 where all experts are used equally: 1 is not subtracted":
         lambda p, ids: solutions.balance_loss(p, ids) - 1,
+    "p is normalized again over the chosen experts: P_e is the mean of the probabilities as they are":
+        lambda p, ids: solutions.balance_loss(chosen_alone(p, ids), ids),
     "f_e and P_e are summed before they are multiplied: multiply them for each expert, then sum":
         lambda p, ids: p.shape[1] * torch.ones(()),
     "this is the variance of the counts: the loss is E times the sum of f_e · P_e":
@@ -375,8 +391,11 @@ BALANCES = BALANCE_MISTAKES | {
 BALANCE = Check(balance_cases, lambda module, i: module.balance_loss(i.probabilities, i.topk_ids),
                 lambda i, number=None: solutions.balance_loss(i.probabilities, i.topk_ids) if number is None
                 else list(BALANCES.values())[number](i.probabilities, i.topk_ids),
-                [({"number": number}, sentence) for number, sentence in enumerate(BALANCES)], shape="one number,",
-                errors={"must match the size": "an expert that nobody chose is forgotten: torch.bincount needs "
-                                               "minlength=E"})
+                [({"number": number}, sentence) for number, sentence in enumerate(BALANCES)],
+                errors={**{f"tensor {one} (12)": "P_e is one number for each expert: the mean over the tokens, axis 0"
+                           for one in "ab"},  # of the first input, with 12 tokens and 4 experts
+                        "must match the size": "an expert that nobody chose is forgotten: torch.bincount needs "
+                                               "minlength=E",
+                        "bincount only supports 1-d": "all choices are counted in one row: topk_ids.flatten()"})
 
 CHECKS = {"router": ROUTER, "mixture": MIXTURE, "dispatch": DISPATCH, "moe_block": BLOCK, "balance_loss": BALANCE}

@@ -166,7 +166,9 @@ def judge(check: Check, module: ModuleType, real: ModuleType, path: Path) -> Non
             given.append(attempt(lambda: check.run(module, theirs)))
             wanted.append(attempt(lambda: check.wanted(case.copy()) if check.wanted else check.run(real, case.copy())))
             if not isinstance(given[-1], Raised) and (name := changed(case.inputs, theirs)):
-                raise Off(f"it changes {name}, which it was given: make a new tensor instead of writing into that one")
+                a = "tensor instead of writing into that one" if isinstance(case.inputs.get(
+                    name, case.inputs.get(f"_{name}")), Tensor) else "one and leave that as it is"
+                raise Off(f"it changes {name}, which it was given: make a new {a}")
     good = [agrees(check, a, b, case) for a, b, case in zip(given, wanted, cases)]
     if all(good):
         if check.after and (sentence := check.after(module)):
@@ -233,6 +235,8 @@ def tell_missing_return(given: list, wanted: list, check: Check) -> None:
 
 def kind(value: object, check: Check) -> str:
     if isinstance(value, Tensor):
+        if not value.ndim:
+            return "a tensor without dimensions, ()"
         letters = f" {check.shape} =" if check.shape else ""
         return f"a tensor{letters} {tuple(value.shape)}"
     return {"float": "a Python float", "int": "an int"}.get(type(value).__name__, f"a {type(value).__name__}")
