@@ -31,10 +31,10 @@ EQUAL = {
     "engine/expert_picture.py": EXPERTS,
     **{f"engine/{name}.py": ALL for name in (
         "__init__", "architecture_fields", "arguments", "batch", "chat_formats", "chatml_shapes", "compiled",
-        "conversation", "fast", "fields", "generation_fields", "memory", "prepare", "quantization_fields",
-        "quantized", "requests", "rope_fields", "safetensors_reader", "sizes", "supported",
-        "template_expressions", "template_reader", "template_shapes", "templates", "terminal", "tiktoken_vocab",
-        "vocabulary", "yarn")},
+        "conversation", "fast", "fields", "generation_fields", "memory", "parallel", "prepare", "processes",
+        "quantization_fields", "quantized", "requests", "rope_fields", "safetensors_reader", "shares", "sizes",
+        "supported", "template_expressions", "template_reader", "template_shapes", "templates", "terminal",
+        "tiktoken_vocab", "vocabulary", "yarn")},
 }
 # Where a package keeps such a file under another name: (package, path) -> its path in that package.
 ELSEWHERE = {("deepseek_v3", "engine/yarn.py"): "yarn.py"}  # a lesson there, where it is on

@@ -41,6 +41,11 @@ class QuantizedLinear(FastLinear):
         """
         raise NotImplementedError
 
+    @staticmethod
+    def layout(files: CheckpointFiles, name: str, config: Config) -> tuple[tuple[int, int], tuple[int, int], bool] | None:
+        """(Shape of W, rows and columns that share a scale, whether these are blocks), for shares of it (shares.py)."""
+        raise NotImplementedError
+
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) in `dtype`."""
         raise NotImplementedError
@@ -78,6 +83,14 @@ class FP8Linear(QuantizedLinear):
             raise ValueError(f"{scale.path}: {name}.weight_scale_inv has shape {scale.shape}, no scale for each block, "
                              f"row or tensor of {shape}")
         return {"weight": shape, "weight_scale_inv": grid_of(shape, block)}
+
+    @staticmethod
+    def layout(files: CheckpointFiles, name: str, config: Config) -> tuple[tuple[int, int], tuple[int, int], bool] | None:
+        weight, scale = (files.tensors.get(f"{name}.{leaf}") for leaf in ("weight", "weight_scale_inv"))
+        if weight is None or scale is None:
+            return None
+        block = block_of(weight.shape, scale.shape, config.weight_block_size) or weight.shape
+        return weight.shape, block, block == (config.weight_block_size or (128, 128))
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         return dequantize(self.weight, self.weight_scale_inv, dtype, self.block)

@@ -1,0 +1,213 @@
+"""One program in several processes: how they meet, which of them reads and speaks, and how they end together.
+
+`torchrun --nproc-per-node 8 -m qwen3.main …` starts the program eight times, on several machines with --nnodes more
+often. Environment variables say which process is which, and srun and mpirun can set them too:
+
+    WORLD_SIZE    all processes, of all machines       LOCAL_WORLD_SIZE    those of this machine
+    RANK          the number of this one, from 0       LOCAL_RANK          its number on its machine: its GPU
+
+All of them run the same lines with the same inputs. Only rank 0 reads what is typed, prints answers and notes, and
+draws by chance; the others are told. An error that all have is said by rank 0, one that a single process has by that
+one. parallel.py is what the processes compute together; this file knows nothing of models.
+"""
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import TypeVar
+
+T = TypeVar("T")
+
+TO_COME = 120  # seconds in which all processes have to be there
+TO_THINK = timedelta(days=7)  # how long one may wait for another, as the others do while a question is typed
+GRACE = 1.0  # seconds that a process which failed leaves to one that knows better why
+LOST = re.compile(r"(closed|reset) by peer|broken pipe|remote process exited|gloo|socket (timeout|error)", re.I)
+
+STORE = None  # where processes that have met leave short messages
+HUSHED = None  # the standard error of a process that is quiet
+
+
+def started() -> int:
+    """How many processes this program was started in; ValueError where the variables do not say it in numbers."""
+    try:
+        world, rank = (int(os.environ.get(name) or default) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
+    except ValueError:
+        world = rank = 0
+    if not 0 <= rank < world:
+        raise ValueError("WORLD_SIZE and RANK, which say how many processes there are and which is this one, are not "
+                         "such numbers; start them by torchrun, or unset both")
+    return world
+
+
+def ranks() -> int:
+    """How many processes have met; 1 for a program by itself."""
+    distributed = sys.modules.get("torch.distributed")  # else nobody can have met
+    met = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if met else 1
+
+
+def rank() -> int:
+    """The number of this process among those that have met, from 0."""
+    return sys.modules["torch.distributed"].get_rank() if ranks() > 1 else 0
+
+
+def local_ranks() -> range:
+    """The processes on this machine."""
+    count, number = (int(os.environ.get(name) or default) for name, default in (("LOCAL_WORLD_SIZE", 1),
+                                                                               ("LOCAL_RANK", 0)))
+    return range(rank() - number, rank() - number + count) if ranks() > 1 else range(1)
+
+
+def be_quiet() -> None:
+    """All processes but the first read nothing and write to nowhere."""
+    global HUSHED
+    with suppress(ValueError):  # said when they should meet
+        if started() > 1 and os.environ.get("RANK", "0") != "0":
+            HUSHED = sys.stderr
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+            sys.stdin = open(os.devnull)
+
+
+# Meeting
+
+def join() -> None:
+    """Meet the other processes, if there are any; ValueError where some of them do not come."""
+    global STORE
+    world = started()
+    if world == 1:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # torchrun ends all of them at Ctrl-C, and none waits for another
+    import torch
+    import torch.distributed as dist
+
+    number = int(os.environ["RANK"])
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=TO_COME)))
+        store.set(f"came/{number}", "")
+        with suppress(RuntimeError):  # a timeout
+            store.wait([f"came/{each}" for each in range(world)], timedelta(seconds=TO_COME))
+        missing = [str(each) for each in range(world) if not store.check([f"came/{each}"])]
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(why_not(error)) from None
+    if missing:
+        raise ValueError(f"of {world} processes {len(missing)} did not come within {TO_COME} seconds (the first is rank "
+                         f"{missing[0]}); start them on every machine, with the same --nnodes and --master-addr")
+    gpus = torch.cuda.is_available() and dist.is_nccl_available()
+    # Numbers go from GPU to GPU by NCCL; between CPUs, and what is typed, by gloo, where waiting keeps no GPU busy.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=number, world_size=world,
+                            timeout=TO_THINK)
+    STORE = store
+
+
+def why_not(error: Exception) -> str:
+    """In one sentence, why the processes cannot meet."""
+    host, port = (os.environ.get(name, "?")[:60] for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if re.search("EADDRINUSE|address already in use", str(error), re.I):
+        return f"port {port}, where the processes would meet, is taken on this machine; --master-port chooses another"
+    if missing := re.search(r"environment variable (\w+) expected", str(error)):
+        return f"{missing[1]} is not set, which says where the processes meet; torchrun sets it"
+    return (f"rank 0 was not found at {host}, port {port}, within {TO_COME} seconds; start it there, and check "
+            "--master-addr and --master-port")
+
+
+def device_of(name: str | None) -> str:
+    """Each process has a GPU of its own, or all compute on CPUs; ValueError for anything else."""
+    import torch
+
+    if name not in (None, "cpu", "cuda"):
+        raise ValueError(f"-d {name[:40]} is one device, and there are {ranks()} processes; leave it out and each takes "
+                         "a GPU of its own, or give -d cpu")
+    gpus, here = torch.cuda.device_count() if torch.cuda.is_available() else 0, local_ranks()
+    if name == "cuda" and not gpus:
+        return name  # which is refused as always
+    if name != "cpu" and 0 < gpus < len(here):
+        raise ValueError(f"{len(here)} processes on this machine have {gpus} GPU{'s' * (gpus > 1)}; start one for each, "
+                         "or give -d cpu")
+    device = f"cuda:{rank() - here.start}" if gpus and name != "cpu" else "cpu"
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    return device
+
+
+# Together
+
+def on_first(read: Callable[[], T]) -> T:
+    """What `read()` returns on the first process, on every one; the end of the input (EOFError) is shared too."""
+    if ranks() == 1:
+        return read()
+    import torch.distributed as dist
+
+    box = [None]
+    if rank() == 0:
+        try:
+            box = [read()]
+        except EOFError:
+            box = [EOFError]
+    dist.broadcast_object_list(box, 0, device="cpu")
+    if box[0] is EOFError:
+        raise EOFError
+    return box[0]
+
+
+def check_alike(what: str, value: object) -> None:
+    """ValueError, on every process, unless all have the same: later they would wait for each other for ever."""
+    if ranks() == 1:
+        return
+    import torch.distributed as dist
+
+    every: list = [None] * ranks()
+    dist.all_gather_object(every, repr(value))
+    if others := [number for number, one in enumerate(every) if one != every[0]]:
+        raise ValueError(f"rank {others[0]} has not the {what} of rank 0; start the same command with the same files on "
+                         "every machine")
+
+
+# Ending
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error only says that another process has ended."""
+    return ranks() > 1 and isinstance(error, RuntimeError) and bool(LOST.search(str(error)))
+
+
+def who_speaks(lost: bool = False) -> str | None:
+    """Of several processes that fail, the first with a reason of its own says it: "" or ", rank 3"; None for silence.
+
+    One that has only lost another leaves the word to that. torchrun ends all as soon as one ends, so they wait for it.
+    """
+    if HUSHED is None and STORE is None:  # alone, or the first, which has not met the others
+        return ""
+    number, speaks = int(os.environ["RANK"]), os.environ.get("LOCAL_RANK", "0") == "0"
+    with suppress(RuntimeError):  # the machine that keeps the messages is gone
+        if STORE is not None:
+            key, every = "failed/{}".format, range(ranks())
+            STORE.set(key(number), "lost" if lost else "own")
+            if number or lost:
+                time.sleep(GRACE)
+            failed = {each: STORE.get(key(each)) for each in every if STORE.check([key(each)])}
+            speaks = number == min([each for each, why in failed.items() if why == b"own"] or failed)
+    if not speaks:
+        return None
+    sys.stderr = HUSHED or sys.stderr
+    return f", rank {number}" if number else ""
+
+
+def leave(code: int) -> int:
+    """The exit code of a program by itself. Several processes leave together, or end here at once where one fails."""
+    if ranks() > 1 and code == 0:
+        import torch
+        import torch.distributed as dist
+
+        with suppress(RuntimeError):
+            dist.all_reduce(torch.zeros(1))  # nobody hangs up while another still listens
+            dist.destroy_process_group()
+            return code
+    if started() == 1:
+        return code
+    if os.environ.get("RANK") != "0":
+        time.sleep(GRACE)  # the first may have something to say, and torchrun ends all when one ends
+    os._exit(code or 1)  # never 0, with which torchrun would let the others wait
