@@ -69,7 +69,7 @@ def share_heads(config: Config, place: Place) -> dict[str, tuple[int, int]]:
     """
     H, N, M = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
     if place.ranks > H:
-        raise ValueError(f"{place.ranks} processes cannot share {H} head{"s" * (H > 1)}; start up to {H}")
+        raise ValueError(f"{place.ranks} processes cannot share {H} head{'s' * (H > 1)}; start up to {H}")
     first, end = span(H, place)
     sizes = {"q_proj": N + config.qk_rope_head_dim, "kv_b_proj": N + M, "o_proj": M}
     sizes["q_b_proj"] = sizes["q_proj"]

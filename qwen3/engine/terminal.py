@@ -258,8 +258,8 @@ def exit_code(work: Callable[[], None]) -> int:
     try:
         work()
         return 0
-    except BrokenPipeError:  # whoever reads the answer has left, as `head` does; other processes must hear of it
-        return 0 if processes.ranks() == 1 else 141
+    except BrokenPipeError:  # whoever reads the answer has left, as `head` does
+        return processes.dismiss()
     except KeyboardInterrupt:
         note("")
         return 130

@@ -11,10 +11,12 @@ draws by chance; the others are told. An error that all have is said by rank 0, 
 one. parallel.py is what the processes compute together; this file knows nothing of models.
 """
 
+import hashlib
 import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,6 +32,7 @@ LOST = re.compile(r"(closed|reset) by peer|broken pipe|remote process exited|glo
 
 STORE = None  # where processes that have met leave short messages
 HUSHED = None  # the standard error of a process that is quiet
+LEAVING = threading.Event()  # set where the work is done
 
 
 def started() -> int:
@@ -95,13 +98,28 @@ def join() -> None:
     except (RuntimeError, ValueError) as error:
         raise ValueError(why_not(error)) from None
     if missing:
-        raise ValueError(f"of {world} processes {len(missing)} did not come within {TO_COME} seconds (the first is rank "
-                         f"{missing[0]}); start them on every machine, with the same --nnodes and --master-addr")
+        raise ValueError(f"{len(missing)} of {world} processes did not come within {TO_COME} seconds, the first of them "
+                         f"is rank {missing[0]}; start all machines, with the same --nnodes and --master-addr")
     gpus = torch.cuda.is_available() and dist.is_nccl_available()
     # Numbers go from GPU to GPU by NCCL; between CPUs, and what is typed, by gloo, where waiting keeps no GPU busy.
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=number, world_size=world,
                             timeout=TO_THINK)
     STORE = store
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def watch() -> None:
+    """End this process, which may be waiting for another, where the first has nothing more to do, or all is lost."""
+    import torch.distributed as dist
+
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:  # by a connection of its own, since it waits
+        dist.TCPStore(*address, is_master=False, timeout=TO_THINK).wait(["dismissed"])
+        time.sleep(GRACE / 2 if rank() == 0 else 0)  # it may be the one that keeps the messages
+        os._exit(0)
+    except RuntimeError:  # whoever keeps the messages, torchrun or rank 0, is gone
+        if not LEAVING.wait(GRACE):
+            os._exit(1)
 
 
 def why_not(error: Exception) -> str:
@@ -120,14 +138,14 @@ def device_of(name: str | None) -> str:
     import torch
 
     if name not in (None, "cpu", "cuda"):
-        raise ValueError(f"-d {name[:40]} is one device, and there are {ranks()} processes; leave it out and each takes "
-                         "a GPU of its own, or give -d cpu")
+        raise ValueError(f"-d {name[:40]} is one device, and there are {ranks()} processes; leave it out, and each "
+                         "takes a GPU of its own, or give -d cpu")
     gpus, here = torch.cuda.device_count() if torch.cuda.is_available() else 0, local_ranks()
     if name == "cuda" and not gpus:
         return name  # which is refused as always
     if name != "cpu" and 0 < gpus < len(here):
-        raise ValueError(f"{len(here)} processes on this machine have {gpus} GPU{'s' * (gpus > 1)}; start one for each, "
-                         "or give -d cpu")
+        raise ValueError(f"{len(here)} processes on this machine have {gpus} GPU{'s' * (gpus > 1)}; start one for "
+                         "each, or give -d cpu")
     device = f"cuda:{rank() - here.start}" if gpus and name != "cpu" else "cpu"
     if device != "cpu":
         torch.cuda.set_device(device)
@@ -161,10 +179,10 @@ def check_alike(what: str, value: object) -> None:
     import torch.distributed as dist
 
     every: list = [None] * ranks()
-    dist.all_gather_object(every, repr(value))
+    dist.all_gather_object(every, hashlib.sha256(repr(value).encode("utf-8", "replace")).hexdigest())
     if others := [number for number, one in enumerate(every) if one != every[0]]:
-        raise ValueError(f"rank {others[0]} has not the {what} of rank 0; start the same command with the same files on "
-                         "every machine")
+        raise ValueError(f"rank {others[0]} has not the {what} of rank 0; start the same command with the same files "
+                         "on every machine")
 
 
 # Ending
@@ -196,18 +214,27 @@ def who_speaks(lost: bool = False) -> str | None:
     return f", rank {number}" if number else ""
 
 
+def dismiss() -> int:
+    """Whoever reads the answer has left, as `head` does: all processes end, and none has failed."""
+    if STORE is not None:
+        STORE.set("dismissed", "")
+        time.sleep(60)  # `watch` ends this
+    return 0
+
+
 def leave(code: int) -> int:
-    """The exit code of a program by itself. Several processes leave together, or end here at once where one fails."""
+    """The exit code of a program by itself. Several processes end here: together, or at once where one fails."""
+    if started() == 1:
+        return code
     if ranks() > 1 and code == 0:
         import torch
         import torch.distributed as dist
 
+        LEAVING.set()
         with suppress(RuntimeError):
             dist.all_reduce(torch.zeros(1))  # nobody hangs up while another still listens
             dist.destroy_process_group()
-            return code
-    if started() == 1:
-        return code
+            os._exit(0)
     if os.environ.get("RANK") != "0":
         time.sleep(GRACE)  # the first may have something to say, and torchrun ends all when one ends
     os._exit(code or 1)  # never 0, with which torchrun would let the others wait

@@ -18,6 +18,7 @@ from .fast import FastLinear
 from .safetensors_reader import CheckpointFiles
 
 FP8 = torch.float8_e4m3fn
+Layout = tuple[tuple[int, int], tuple[int, int], bool]  # shape of W, rows and columns with one scale, are they blocks?
 
 
 class QuantizedLinear(FastLinear):
@@ -42,8 +43,8 @@ class QuantizedLinear(FastLinear):
         raise NotImplementedError
 
     @staticmethod
-    def layout(files: CheckpointFiles, name: str, config: Config) -> tuple[tuple[int, int], tuple[int, int], bool] | None:
-        """(Shape of W, rows and columns that share a scale, whether these are blocks), for shares of it (shares.py)."""
+    def layout(files: CheckpointFiles, name: str, config: Config) -> Layout | None:
+        """How W is stored, for shares of it (shares.py); None for another format."""
         raise NotImplementedError
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
@@ -85,7 +86,7 @@ class FP8Linear(QuantizedLinear):
         return {"weight": shape, "weight_scale_inv": grid_of(shape, block)}
 
     @staticmethod
-    def layout(files: CheckpointFiles, name: str, config: Config) -> tuple[tuple[int, int], tuple[int, int], bool] | None:
+    def layout(files: CheckpointFiles, name: str, config: Config) -> Layout | None:
         weight, scale = (files.tensors.get(f"{name}.{leaf}") for leaf in ("weight", "weight_scale_inv"))
         if weight is None or scale is None:
             return None

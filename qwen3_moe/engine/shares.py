@@ -19,7 +19,7 @@ from ..model import Layer, Model
 from .parallel import Place, gather_logits, here, on_first_rank, span
 from .parts import CHANCE, PARALLEL, share_cache, share_heads
 from .processes import check_alike
-from .quantized import FORMATS
+from .quantized import FORMATS, Layout
 from .safetensors_reader import CheckpointFiles
 
 COLUMNS = ("o_proj", "down_proj")  # of these a rank has columns, of the others rows
@@ -61,8 +61,8 @@ class Shares:
         first, end = share[0] // block[axis], math.ceil(share[1] / block[axis])  # of scales, one for each block
         return Share(axis, first, end, math.ceil(shape[axis] / block[axis]))
 
-    def layout(self, linear: str) -> tuple[tuple[int, int], tuple[int, int], bool]:
-        """(Shape of the whole W, rows and columns that share a scale, whether several blocks of them make a W)."""
+    def layout(self, linear: str) -> Layout:
+        """How the whole W is stored."""
         for make in FORMATS:
             if layout := make.layout(self.files, linear, self.config):
                 return layout
