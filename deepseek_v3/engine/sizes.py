@@ -11,7 +11,7 @@ from .memory import free_memory, gigabytes
 from .parallel import Place, here
 from .parts import KEPT_IN_FLOAT32, count_experts, share_cache, share_heads
 from .prepare import compute_dtype, read_checkpoint
-from .processes import local_ranks
+from .processes import on_this_machine, rank, ranks
 from .quantized import FP8
 from .safetensors_reader import CheckpointFiles
 from .shares import Shares
@@ -69,7 +69,8 @@ def check_memory(directory: str | Path, device: torch.device, dtype: str | None,
     Ranks that share a model have a GPU each, and the memory of their machine together.
     """
     config, files = read_checkpoint(directory)
-    places = [Place(number, here().ranks) for number in local_ranks()] if device.type == "cpu" else [here()]
+    here_too = on_this_machine() if device.type == "cpu" else [rank()]
+    places = [Place(number % ranks(), ranks()) for number in here_too]
     weights = [count_bytes(config, files, dtype, False, place) for place in places]
     size, cache, free = weights[places.index(here())], cache * len(places), free_memory(device)
     compute, (used, every) = compute_dtype(config, files, dtype), count_experts(config)

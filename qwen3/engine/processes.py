@@ -30,6 +30,7 @@ TO_THINK = timedelta(days=7)  # how long one may wait for another, as the others
 GRACE = 1.0  # seconds that a process which failed leaves to one that knows better why
 LOST = re.compile(r"(closed|reset) by peer|broken pipe|remote process exited|gloo|socket (timeout|error)", re.I)
 
+GROUP = None  # of torch.distributed: the processes that share each model that is loaded from now on
 STORE = None  # where processes that have met leave short messages
 HUSHED = None  # the standard error of a process that is quiet
 LEAVING = threading.Event()  # set where the work is done
@@ -47,23 +48,30 @@ def started() -> int:
     return world
 
 
+def share_models(group) -> None:
+    """From now on the processes of `group`, of torch.distributed, share each model that they load.
+
+    Nothing is shared before, so that other programs, such as training, may have process groups of their own.
+    """
+    global GROUP
+    GROUP = group
+
+
 def ranks() -> int:
-    """How many processes have met; 1 for a program by itself."""
-    distributed = sys.modules.get("torch.distributed")  # else nobody can have met
-    met = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if met else 1
+    """How many processes share a model; 1 for a program by itself."""
+    return 1 if GROUP is None else GROUP.size()
 
 
 def rank() -> int:
-    """The number of this process among those that have met, from 0."""
-    return sys.modules["torch.distributed"].get_rank() if ranks() > 1 else 0
+    """The number of this process among them, from 0."""
+    return 0 if GROUP is None else GROUP.rank()
 
 
-def local_ranks() -> range:
-    """The processes on this machine."""
-    count, number = (int(os.environ.get(name) or default) for name, default in (("LOCAL_WORLD_SIZE", 1),
-                                                                               ("LOCAL_RANK", 0)))
-    return range(rank() - number, rank() - number + count) if ranks() > 1 else range(1)
+def on_this_machine() -> range:
+    """All processes of this machine, by RANK."""
+    number, count, local = (int(os.environ.get(name) or default) for name, default in (
+        ("RANK", 0), ("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    return range(number - local, number - local + count) if GROUP is not None else range(1)
 
 
 def be_quiet() -> None:
@@ -104,6 +112,7 @@ def join() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=number, world_size=world,
                             timeout=TO_THINK)
     STORE = store
+    share_models(dist.group.WORLD)
     threading.Thread(target=watch, daemon=True).start()
 
 
@@ -114,7 +123,7 @@ def watch() -> None:
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:  # by a connection of its own, since it waits
         dist.TCPStore(*address, is_master=False, timeout=TO_THINK).wait(["dismissed"])
-        time.sleep(GRACE / 2 if rank() == 0 else 0)  # it may be the one that keeps the messages
+        time.sleep(0 if int(os.environ["RANK"]) else GRACE / 2)  # it may be the one that keeps the messages
         os._exit(0)
     except RuntimeError:  # whoever keeps the messages, torchrun or rank 0, is gone
         if not LEAVING.wait(GRACE):
@@ -142,13 +151,13 @@ def device_of(name: str | None) -> str:
     if name not in (None, "cpu", "cuda"):
         raise ValueError(f"-d {name[:40]} is one device, and there are {ranks()} processes; leave it out, and each "
                          "takes a GPU of its own, or give -d cpu")
-    gpus, here = torch.cuda.device_count() if torch.cuda.is_available() else 0, local_ranks()
+    gpus, here = torch.cuda.device_count() if torch.cuda.is_available() else 0, on_this_machine()
     if name == "cuda" and not gpus:
         return name  # which is refused as always
     if name != "cpu" and 0 < gpus < len(here):
         raise ValueError(f"{len(here)} processes on this machine have {gpus} GPU{'s' * (gpus > 1)}; start one for "
                          "each, or give -d cpu")
-    device = f"cuda:{rank() - here.start}" if gpus and name != "cpu" else "cpu"
+    device = f"cuda:{int(os.environ['LOCAL_RANK'])}" if gpus and name != "cpu" else "cpu"
     if device != "cpu":
         torch.cuda.set_device(device)
     return device
@@ -160,6 +169,7 @@ def on_first(read: Callable[[], T]) -> T:
     """What `read()` returns on the first process, on every one; the end of the input (EOFError) is shared too."""
     if ranks() == 1:
         return read()
+    import torch
     import torch.distributed as dist
 
     box = [None]
@@ -168,7 +178,7 @@ def on_first(read: Callable[[], T]) -> T:
             box = [read()]
         except EOFError:
             box = [EOFError]
-    dist.broadcast_object_list(box, 0, device="cpu")
+    dist.broadcast_object_list(box, group=GROUP, group_src=0, device=torch.device("cpu"))
     if box[0] is EOFError:
         raise EOFError
     return box[0]
@@ -181,7 +191,7 @@ def check_alike(what: str, value: object) -> None:
     import torch.distributed as dist
 
     every: list = [None] * ranks()
-    dist.all_gather_object(every, hashlib.sha256(repr(value).encode("utf-8", "replace")).hexdigest())
+    dist.all_gather_object(every, hashlib.sha256(repr(value).encode("utf-8", "replace")).hexdigest(), GROUP)
     if others := [number for number, one in enumerate(every) if one != every[0]]:
         raise ValueError(f"rank {others[0]} has not the {what} of rank 0; start the same command with the same files "
                          "on every machine")
@@ -191,7 +201,7 @@ def check_alike(what: str, value: object) -> None:
 
 def is_lost(error: Exception) -> bool:
     """Whether an error only says that another process has ended."""
-    return ranks() > 1 and isinstance(error, RuntimeError) and bool(LOST.search(str(error)))
+    return STORE is not None and isinstance(error, RuntimeError) and bool(LOST.search(str(error)))
 
 
 def who_speaks(lost: bool = False) -> str | None:
@@ -204,7 +214,7 @@ def who_speaks(lost: bool = False) -> str | None:
     number, speaks = int(os.environ["RANK"]), os.environ.get("LOCAL_RANK", "0") == "0"
     with suppress(RuntimeError):  # the machine that keeps the messages is gone
         if STORE is not None:
-            key, every = "failed/{}".format, range(ranks())
+            key, every = "failed/{}".format, range(started())
             STORE.set(key(number), "lost" if lost else "own")
             if number or lost:
                 time.sleep(GRACE)
@@ -229,7 +239,7 @@ def leave(code: int) -> int:
     with suppress(ValueError):  # which was said
         if started() == 1:
             return code
-    if ranks() > 1 and code == 0:
+    if STORE is not None and code == 0:
         import torch
         import torch.distributed as dist
 

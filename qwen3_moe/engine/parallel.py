@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model import Layer, Model
+from . import processes
 from .processes import rank, ranks
 
 
@@ -52,7 +53,7 @@ def summed(part: Tensor) -> Tensor:
         raise ValueError("a model that is shared among several processes cannot be trained; train a whole one, as "
                          "scripts/parallel/train.py does")
     whole = part.to(torch.float32, copy=True)  # summed in place
-    dist.all_reduce(whole)
+    dist.all_reduce(whole, group=processes.GROUP)
     return whole.to(part.dtype)
 
 
@@ -103,7 +104,7 @@ def on_first_rank(choose: Callable) -> Callable:
         finally:
             CHOOSING.clear()
         shared = torch.as_tensor(result, device=arguments[0].device)
-        dist.broadcast(shared, 0)
+        dist.broadcast(shared, group=processes.GROUP, group_src=0)
         return shared if isinstance(result, Tensor) else shared.item()
 
     chosen.by_itself = choose
