@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -120,6 +122,14 @@ def test_the_answers_are_those_of_one_process(package, words, stdin):
     assert (code, out) == alone[:2] == (0, out) and len(out) > 20, err
     pictures = [[line for line in text.splitlines() if line.startswith("layer")] for text in (err, alone[2])]
     assert pictures[0] == pictures[1] and bool(pictures[0]) == ("--show-experts" in words)
+
+
+@pytest.mark.slow
+def test_the_command_of_the_page_prints_what_stands_below_it():
+    page = (ROOT / "scripts/parallel/README.md").read_text()
+    command, shown = re.search(r"^uv run torchrun (.*qwen3\.main.*)\n```\n```text\n(.*\n)```$", page, re.M).groups()
+    code, out, err = Run([sys.executable, "-m", "torch.distributed.run", *shlex.split(command)]).end()
+    assert (code, out) == (0, shown), err
 
 
 @pytest.mark.slow
