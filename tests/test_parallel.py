@@ -1,6 +1,7 @@
 """One model on several ranks: the numbers and tokens of one process, and every share of every checkpoint."""
 
 import ast
+import contextlib
 import inspect
 import json
 import math
@@ -136,7 +137,7 @@ def random_checkpoint(folder: Path, package: str, number: int) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, run_there", [(2, 58), (3, 25), (4, 30)])
+@pytest.mark.parametrize("ranks, run_there", [(2, 58), (3, 28), (4, 32)])
 def test_so_do_more_ranks_on_every_case_and_on_checkpoints_that_nobody_chose(tmp_path, ranks, run_there):
     """Refused are fewer heads than ranks, and heads that so many cannot share. FP8 stays FP8, or is expanded once."""
     checkpoints = cases(tmp_path, PACKAGES) + fp8(tmp_path, PACKAGES if ranks < 4 else [])
@@ -220,6 +221,63 @@ def test_a_shared_model_is_not_trained_and_says_so():
     summed = module("qwen3", "engine.parallel").summed
     with pytest.raises(ValueError, match="shared among several processes cannot be trained"):
         summed(torch.ones(2, requires_grad=True))
+
+
+# Where, and does it fit?
+
+class Group:
+    """Stands for a process group."""
+
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size = lambda: rank, lambda: size
+
+
+@pytest.fixture
+def one_of(monkeypatch):
+    """one_of(package, rank, ranks, local_rank, on_this_machine): be that one."""
+    def be(package: str, rank: int, ranks: int, local: int, here: int):
+        processes = module(package, "engine.processes")
+        monkeypatch.setattr(processes, "GROUP", Group(rank, ranks))
+        for name, value in {"RANK": rank, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": here}.items():
+            monkeypatch.setenv(name, str(value))
+        return processes
+    return be
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, one_of):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    processes = one_of("qwen3", 6, 8, 2, 4)
+    assert processes.device_of(None) == processes.device_of("cuda") == "cuda:2" and chosen == ["cuda:2"] * 2
+    assert processes.device_of("cpu") == "cpu"
+    for name in ("cuda:1", "mps", "nonsense"):
+        with pytest.raises(ValueError, match="is one device, and there are 8 processes; leave it out"):
+            processes.device_of(name)
+    processes = one_of("qwen3", 6, 8, 6, 8)
+    with pytest.raises(ValueError, match="8 processes on this machine have 4 GPUs; start one for each, or give -d cpu"):
+        processes.device_of(None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert processes.device_of(None) == "cpu" and processes.device_of("cuda") == "cuda"  # which is then refused
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_memory_is_that_of_a_gpu_or_of_all_on_a_machine(tmp_path, monkeypatch, one_of, package):
+    folder, sizes = write_case(tmp_path, package, FEW[package][0]), module(package, "engine.sizes")
+    whole, free = sizes.bytes_in_memory(folder, "bfloat16"), []  # on the CPU too nothing stays in the file then
+    monkeypatch.setattr(sizes, "free_memory", lambda device: free[-1])
+    shares = []
+    for rank in range(2):
+        one_of(package, rank, 2, rank, 2)
+        shares.append(sizes.bytes_in_memory(folder, "bfloat16"))
+    assert max(shares) < 0.7 * whole and whole <= sum(shares)
+    for device, needed in (("cuda", shares[1] + 1000), ("cpu", sum(shares) + 2000)):
+        for left, fits in ((needed, True), (needed - 1, False)):
+            free.append(left)
+            with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="weights and .* for the cache"):
+                said = sizes.check_memory(folder, torch.device(device), "bfloat16", 7, 1000)
+                assert said == module(package, "engine.memory").gigabytes(shares[1])
 
 
 # Shares

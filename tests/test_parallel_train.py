@@ -54,8 +54,8 @@ def test_the_command_writes_what_can_be_loaded(tmp_path):
     file = tmp_path / "model.safetensors"
     command = [sys.executable, "-m", "scripts.parallel.train", "qwen3"]
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *command[1:], "--how", "fsdp", "--steps",
-         "2", "-o", str(file)], cwd=ROOT, env=os.environ | ALONE, capture_output=True, text=True)
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *command[1:], "--how", "fsdp",
+         "--steps", "2", "-o", str(file)], cwd=ROOT, env=os.environ | ALONE, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.count("loss") == 2, run.stderr
     for name in ("config.json", "generation_config.json"):
         Path(tmp_path, name).write_bytes((ROOT / "checkpoints/Qwen3-Tiny" / name).read_bytes())

@@ -39,10 +39,11 @@ LEAVING = threading.Event()  # set where the work is done
 def started() -> int:
     """How many processes this program was started in; ValueError where the variables do not say it in numbers."""
     try:
-        world, rank = (int(os.environ.get(name) or default) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
+        world = int(os.environ.get("WORLD_SIZE") or 1)
+        number = int(os.environ.get("RANK") or 0) if world > 1 else 0
     except ValueError:
-        world = rank = 0
-    if not 0 <= rank < world:
+        world = number = 0
+    if not 0 <= number < world:
         raise ValueError("WORLD_SIZE and RANK, which say how many processes there are and which is this one, are not "
                          "such numbers; start them by torchrun, or unset both")
     return world
@@ -138,8 +139,8 @@ def why_not(error: str) -> str:
     if missing := re.search(r"environment variable (\w+) expected", error):
         return f"{missing[1]} is not set, which says where the processes meet; torchrun sets it"
     if came := re.search(r"(\d+)/(\d+) clients joined", error):
-        return (f"only {came[1]} of {came[2]} processes came within {TO_COME} seconds; start them on all machines, with "
-                "the same --nnodes and --master-addr")
+        return (f"only {came[1]} of {came[2]} processes came within {TO_COME} seconds; start them on all machines, "
+                "with the same --nnodes and --master-addr")
     return (f"rank 0 was not found at {host}, port {port}, within {TO_COME} seconds; start it there, and check "
             "--master-addr and --master-port")
 

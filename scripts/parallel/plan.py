@@ -94,7 +94,7 @@ def table(names: list[tuple[str, bool]] = TABLE, ranks: tuple[int, ...] = (1, 2,
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.parallel.plan", description=__doc__.splitlines()[0])
-    parser.add_argument("shape", nargs="?", help="a published one, such as deepseek-v3; default: the table of the README")
+    parser.add_argument("shape", nargs="?", help="a published one, such as deepseek-v3; default: the README's table")
     parser.add_argument("-n", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="numbers of GPUs")
     parser.add_argument("--fp8", action="store_true", help="as if it were stored in FP8")
     parsed = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Train a checkpoint on several GPUs or processes, each with some rows of every batch: a loop of your own to start from.
+"""Train a checkpoint on several GPUs, each with some rows of every batch: a loop of your own to start from.
 
     uv run torchrun --nproc-per-node 2 -m scripts.parallel.train qwen3                  each holds the whole model (DDP)
     uv run torchrun --nproc-per-node 2 -m scripts.parallel.train qwen3 --how fsdp       each holds a share of it (FSDP2)
