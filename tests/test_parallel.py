@@ -137,6 +137,7 @@ def random_checkpoint(folder: Path, package: str, number: int) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.ahead
 @pytest.mark.parametrize("ranks, run_there", [(2, 58), (3, 28), (4, 32)])
 def test_so_do_more_ranks_on_every_case_and_on_checkpoints_that_nobody_chose(tmp_path, ranks, run_there):
     """Refused are fewer heads than ranks, and heads that so many cannot share. FP8 stays FP8, or is expanded once."""
@@ -166,6 +167,7 @@ def run_stacked(checkpoints: list[tuple], compiled: str) -> list[list]:
 
 
 @pytest.mark.slow
+@pytest.mark.ahead
 def test_experts_in_stacks_are_shared_too(tmp_path):
     """By the grouped matmuls of a GPU, and by the decode step that is compiled there, run as it stands."""
     checkpoints = cases(tmp_path, PACKAGES, {"qwen3": ["grouped"], "qwen3_moe": ["two_of_eight"],
@@ -175,6 +177,7 @@ def test_experts_in_stacks_are_shared_too(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.ahead
 def test_a_compiled_step_holds_the_sums(tmp_path):
     """Without a break: as many graphs as in one process (tests/test_compiled.py). FP8 experts in stacks."""
     checkpoints = cases(tmp_path, ["qwen3"], {"qwen3": ["grouped"]}) + [

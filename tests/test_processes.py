@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tests.packages import PACKAGES
 from tests.ranks import ALONE, ROOT
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="/proc"), pytest.mark.ahead]
 QUESTION = "What is RoPE?"
 ANSWER = "RoPE turns pairs of values in every query and key by angles that grow with the position.\n"
 
@@ -102,7 +102,6 @@ def goes_on(tmp_path: Path) -> list[str]:
             "1900"]
 
 
-@pytest.mark.ahead
 def test_questions_come_from_the_first_process_and_answers_go_out_of_it():
     """Two questions by pipe, and the end of the input instead of /exit: all are told."""
     run = torchrun("-m", "qwen3.main", "-m", "Qwen3-Tiny", "--chat", stdin=subprocess.PIPE)

@@ -110,8 +110,12 @@ def join() -> None:
         raise ValueError(why_not(f"{world - len(missing)}/{world} clients joined, without rank {missing[0]}"))
     gpus = torch.cuda.is_available() and dist.is_nccl_available()
     # Numbers go from GPU to GPU by NCCL; between CPUs, and what is typed, by gloo, where waiting keeps no GPU busy.
+    stdout = os.dup(1)
+    os.dup2(2, 1)  # gloo says there that it is connected, in PyTorch 2.9, and only the answer belongs there
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=number, world_size=world,
                             timeout=TO_THINK)
+    os.dup2(stdout, 1)
+    os.close(stdout)
     STORE = store
     share_models(dist.group.WORLD)
     threading.Thread(target=watch, daemon=True).start()
@@ -247,8 +251,7 @@ def leave(code: int) -> int:
         LEAVING.set()
         with suppress(RuntimeError):
             dist.all_reduce(torch.zeros(1))  # nobody hangs up while another still listens
-            dist.destroy_process_group()
-            os._exit(0)
+        os._exit(0)  # without taking the group down, which waits for graphs that hold its sums
     if os.environ.get("RANK") != "0":
         time.sleep(GRACE)  # the first may have something to say, and torchrun ends all when one ends
     os._exit(code or 1)  # never 0, with which torchrun would let the others wait

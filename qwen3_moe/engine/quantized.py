@@ -44,8 +44,8 @@ class QuantizedLinear(FastLinear):
 
     @staticmethod
     def layout(files: CheckpointFiles, name: str, config: Config) -> Layout | None:
-        """How W is stored, for shares of it (shares.py); None for another format."""
-        raise NotImplementedError
+        """How W is stored, for shares of it (shares.py); None for another format, or one that cannot be shared."""
+        return None
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) in `dtype`."""
