@@ -38,7 +38,9 @@ def test_two_processes_train_as_one(tmp_path):
         for (package, how), (steps, weight) in found.items():
             expected, whole = alone[package, "ddp"]
             assert steps == pytest.approx(expected, rel=1e-5), (package, how)
-            assert len(set(expected)) == 5 and (weight - whole).abs().max() < 1e-4, (package, how)
+            assert len(set(expected)) == 5
+            # On average: Adam divides by the size of a gradient, and one of rounding alone moves its weight too.
+            assert (weight - whole).abs().mean() < 1e-6, (package, how)
 
 
 def refused_rows() -> str:

@@ -47,6 +47,7 @@ def span(size: int, place: Place, unit: int = 1) -> tuple[int, int]:
     first, end = (units * number // place.ranks * unit for number in (place.rank, place.rank + 1))
     return first, min(end, size)
 
+
 def summed(part: Tensor) -> Tensor:
     """The parts of all ranks added up, to the same bits on each: in float32, and rounded once."""
     if part.requires_grad:  # all_reduce has no gradient: training would go on, and wrong
