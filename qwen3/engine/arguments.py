@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .fields import DTYPES
+from .processes import on_first
 from .terminal import PACKAGE, is_terminal, note
 
 MAX_NEW_TOKENS = 4096
@@ -109,7 +110,7 @@ def find_question(arguments: argparse.Namespace) -> str | None:
         return None
     if arguments.prompt not in (None, "-"):
         return arguments.prompt
-    text = read_standard_input(wanted=arguments.prompt == "-")
+    text = on_first(lambda: read_standard_input(wanted=arguments.prompt == "-"))
     if arguments.prompt is None and not text:  # nothing at all was written, as in many a CI
         return None
     if not text or not text.strip():
