@@ -27,7 +27,6 @@ GRACE = 0.5  # seconds after an answer in which Ctrl-C was meant for the answer
 
 
 # Printing
-
 def write(stream: TextIO | None, text: str, errors: str = "replace") -> None:
     """Print now; what the stream's encoding lacks becomes "?", and a closed standard stream (None) takes everything."""
     if stream is not None:
@@ -122,7 +121,6 @@ def segments(tokenizer, prompt_ids: list[int], ids: Iterator[int]) -> Iterator[t
 
 
 # Typing
-
 class Questions:
     """What a user types in a conversation. Several pasted lines are one question; a pipe gives one question a line."""
 
@@ -200,7 +198,6 @@ class Questions:
 
 
 # Ending
-
 def start() -> None:
     """Before torch is imported: Ctrl-C leaves quietly, and no file gets the number of a closed standard stream."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
