@@ -17,6 +17,7 @@ if __name__ == "__main__":  # importing torch takes seconds, and Ctrl-C should l
     terminal.start()
 
 from .engine.arguments import Parser, find_checkpoint, find_question
+from .engine.batch_file import answer_file
 from .engine.conversation import Conversation, chat, chat_format
 from .engine.drafts import check_drafting
 from .engine.expert_picture import Routing
@@ -48,6 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
     config, _ = read_checkpoint(folder)
     tokenizer = Tokenizer.from_checkpoint(folder, **chat_format(arguments))
     conversation = Conversation(arguments, folder, config, tokenizer)
+    if arguments.batch is not None:
+        return answer_file(conversation, notes)
     if arguments.speculative:
         check_drafting(config, arguments.compile)
     question = find_question(arguments)

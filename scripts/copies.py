@@ -30,11 +30,11 @@ EQUAL = {
     "engine/experts.py": EXPERTS,
     "engine/expert_picture.py": EXPERTS,
     **{f"engine/{name}.py": ALL for name in (
-        "__init__", "architecture_fields", "arguments", "batch", "chat_formats", "chatml_shapes", "compiled",
-        "conversation", "fast", "fields", "generation_fields", "memory", "prepare", "quantization_fields",
-        "quantized", "requests", "rope_fields", "safetensors_reader", "sizes", "supported",
-        "template_expressions", "template_reader", "template_shapes", "templates", "terminal", "tiktoken_vocab",
-        "vocabulary", "yarn")},
+        "__init__", "architecture_fields", "arguments", "batch", "batch_file", "chat_formats", "chatml_shapes",
+        "compiled", "continuous", "conversation", "fast", "fields", "generation_fields", "journal", "memory",
+        "parallel", "prepare", "processes", "progress", "prompts", "quantization_fields", "quantized", "replicas",
+        "requests", "rope_fields", "safetensors_reader", "shares", "sizes", "supported", "template_expressions",
+        "template_reader", "template_shapes", "templates", "terminal", "tiktoken_vocab", "vocabulary", "yarn")},
 }
 # Where a package keeps such a file under another name: (package, path) -> its path in that package.
 ELSEWHERE = {("deepseek_v3", "engine/yarn.py"): "yarn.py"}  # a lesson there, where it is on

@@ -18,6 +18,7 @@ from .fast import FastLinear
 from .safetensors_reader import CheckpointFiles
 
 FP8 = torch.float8_e4m3fn
+Layout = tuple[tuple[int, int], tuple[int, int], bool]  # shape of W, rows and columns with one scale, are they blocks?
 
 
 class QuantizedLinear(FastLinear):
@@ -40,6 +41,11 @@ class QuantizedLinear(FastLinear):
         Raises ValueError for a damaged or unannounced format.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def layout(files: CheckpointFiles, name: str, config: Config) -> Layout | None:
+        """How W is stored, for shares of it (shares.py); None for another format, or one that cannot be shared."""
+        return None
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) in `dtype`."""
@@ -79,6 +85,14 @@ class FP8Linear(QuantizedLinear):
             raise ValueError(f"{scale.path}: {name}.weight_scale_inv has shape {scale.shape}, no scale for each block, "
                              f"row or tensor of {shape}")
         return {"weight": shape, "weight_scale_inv": grid_of(shape, block)}
+
+    @staticmethod
+    def layout(files: CheckpointFiles, name: str, config: Config) -> Layout | None:
+        weight, scale = (files.tensors.get(f"{name}.{leaf}") for leaf in ("weight", "weight_scale_inv"))
+        if weight is None or scale is None:
+            return None
+        block = block_of(weight.shape, scale.shape, config.weight_block_size) or weight.shape
+        return weight.shape, block, block == (config.weight_block_size or (128, 128))
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         return dequantize(self.weight, self.weight_scale_inv, dtype, self.block)

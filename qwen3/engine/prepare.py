@@ -17,8 +17,10 @@ from ..layers import Linear
 from ..model import Model
 from .fields import DTYPES, plain
 from .parts import FASTER, KEPT_IN_FLOAT32, correct, count_parts, stack_experts
+from .processes import ranks
 from .quantized import FORMATS, FP8, QuantizedLinear
 from .safetensors_reader import CheckpointFiles, is_copy, read_header
+from .shares import share_model
 from .supported import check_tensor_names
 
 
@@ -77,6 +79,7 @@ def prepare(model: Model, files: CheckpointFiles, device: str | torch.device, dt
         module.__class__ = FASTER.get(type(module), type(module))
     formats = find_formats(model, files)
     shapes = check_names_and_shapes(model, files, formats)
+    shares = share_model(model, files)  # of one process the whole
     stack_experts(model, files, device, dtype, compute)
     done = 0
 
@@ -85,7 +88,7 @@ def prepare(model: Model, files: CheckpointFiles, device: str | torch.device, dt
         done += 1
         if progress:
             progress(done, len(shapes))
-        return files.read(name).view(shapes[name]).to(device)
+        return shares.cut(name, files.read(name).view(shapes[name])).to(device)
 
     for name, module in list(model.named_modules()):
         if name in formats:
@@ -101,6 +104,7 @@ def prepare(model: Model, files: CheckpointFiles, device: str | torch.device, dt
                 if (whole := f"{name}.{leaf}") in shapes:
                     place(module, leaf, read(whole).to(torch.float32 if leaf in KEPT_IN_FLOAT32 else compute))
     model.tie_weights()
+    shares.finish(model)
     rope = model.model.rotary_emb
     rope.inv_freq = rope.inv_freq.to(device)  # once, and not at each forward
     return model.eval()
@@ -151,6 +155,9 @@ def check_names_and_shapes(model: Model, files: CheckpointFiles, formats: dict[s
 
 def check_plain(model: Model, files: CheckpointFiles, dtype: torch.dtype | str | None) -> torch.dtype:
     """The type in which the lesson's own loading makes all weights; ValueError for what only the engine can load."""
+    if ranks() > 1:
+        raise ValueError(f"the lesson's own code runs in one process, and there are {ranks()}; leave out --plain (or "
+                         "engine=False)")
     if find_formats(model, files):
         raise ValueError(f"{files.directory}: its weights are quantised, which only the engine reads; leave out "
                          "--plain (or engine=False)")
