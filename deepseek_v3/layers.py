@@ -46,7 +46,7 @@ def new_weight(*shape: int) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """y = x W^T with W (out, in), no bias."""
+    """y = x W^T with W (out, in), no bias: (…, in) -> (…, out)."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -56,7 +56,7 @@ class Linear(nn.Module):
         return x @ self.weight.T
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """W itself, for parts that need more than x W^T. A layer that stores fewer bits computes it, in `dtype`."""
+        """W (out, in) itself, for parts that need more than x W^T. A layer that stores fewer bits computes it."""
         return self.weight
 
 
@@ -103,7 +103,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def deinterleave(x: Tensor) -> Tensor:
-    """Values in the order 0 2 4 … 1 3 5 …: what were neighbours is then a half-split pair, and `rotate` turns it.
+    """(…, P) in the order 0 2 4 … 1 3 5 …: what were neighbours is then a half-split pair, and `rotate` turns it.
 
     Queries and keys are reordered alike, so their dot products, which are all that is used of them, stay the same.
     """
@@ -150,7 +150,10 @@ class KVCache:
         return self.tensors[0].shape[3]
 
     def write(self, layer: int, *new: Tensor) -> list[Tensor]:
-        """Put new latents (B, 1, T, R + P) after the last token; return all of the layer's, (B, 1, S, R + P)."""
+        """Put new latents (B, 1, T, R + P) after the last token; return all of the layer's, (B, 1, S, R + P).
+
+        Raises ValueError beyond the capacity.
+        """
         end = self.length + new[0].shape[2]
         if end > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens, {end} are needed")
@@ -159,7 +162,7 @@ class KVCache:
         return [tensor[layer, :, :, :end] for tensor in self.tensors]
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
+        """Forget all but the first `length` tokens. Raises ValueError where there are fewer."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot cut a cache of {self.length} tokens to {length}")
         self.length = length

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # importing torch takes seconds, and Ctrl-C should l
     terminal.start()
 
 from .engine.arguments import Parser, find_checkpoint, find_question
+from .engine.batch_file import answer_file
 from .engine.conversation import Conversation, chat, chat_format
 from .engine.drafts import check_drafting
 from .engine.expert_picture import Routing
@@ -34,6 +35,7 @@ DEFAULT_PROMPT = "What is MLA?"
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The flags of all three packages (engine/arguments.py), and two of this package."""
     parser = Parser("a DeepSeek-V3 checkpoint", DEFAULT, EMBEDDED, DEFAULT_PROMPT)
     parser.add_argument("--speculative", action="store_true",
                         help="the same text in fewer steps, where the checkpoint can draft tokens")
@@ -47,6 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
     config, _ = read_checkpoint(folder)
     tokenizer = Tokenizer.from_checkpoint(folder, **chat_format(arguments))
     conversation = Conversation(arguments, folder, config, tokenizer)
+    if arguments.batch is not None:
+        return answer_file(conversation, notes)
     if arguments.speculative:
         check_drafting(config, arguments.compile)
     question = find_question(arguments)
@@ -77,6 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The program: what is typed after its name (None: sys.argv) -> the exit code."""
     return terminal.exit_code(lambda: run(parse_arguments(arguments)))
 
 

@@ -56,7 +56,7 @@ class MTPLayer(Layer):
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
     def join(self, embedded: Tensor, hidden: Tensor) -> Tensor:
-        """The released weights want the embedding first; eq. 21 of the paper has them the other way round."""
+        """Both (B, T, D) -> (B, T, D). The released weights want the embedding first, eq. 21 of the paper last."""
         return self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
 
 
@@ -82,7 +82,7 @@ class Transformer(nn.Module):
         return x
 
     def zero_from_the_draft_layer(self, token_ids: Tensor, hidden: Tensor) -> Tensor:
-        """0, with gradients of 0 for the draft layer: DistributedDataParallel waits for a gradient of every weight."""
+        """0, with zero gradients for the draft layer: DDP waits for one of every weight. (B, T), (B, T, D) -> ()."""
         return self.predict_second(token_ids[:1, :1], hidden[:1, :1])[:, :0].sum()
 
     def predict_second(self, token_ids: Tensor, hidden: Tensor, cache: KVCache | None = None) -> Tensor:

@@ -116,11 +116,12 @@ def distribution(sampler: Sampler, logits: Tensor, number: int) -> Tensor:
 
 
 def draw(probabilities: Tensor, generator: torch.Generator) -> int:
+    """One id by its probability, (V,); they need not add up to 1."""
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 def choose(sampler: Sampler, probabilities: Tensor) -> int:
-    """Draw a token of the answer."""
+    """Draw a token of the answer from its distribution (V,), and remember it."""
     token = draw(probabilities, sampler.generator)
     sampler.add(torch.tensor([token], device=probabilities.device))
     return token

@@ -98,6 +98,7 @@ class Sampler:
         return tokens
 
     def penalised(self, logits: Tensor) -> Tensor:
+        """`penalise` by the tokens that came already, where the settings ask for it: (B, V) -> (B, V)."""
         return penalise(logits, self.text, self.answer, *self.penalties) if self.penalises else logits
 
     def add(self, tokens: Tensor) -> None:

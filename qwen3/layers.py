@@ -42,7 +42,7 @@ def new_weight(*shape: int) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """y = x W^T with W (out, in), no bias."""
+    """y = x W^T with W (out, in), no bias: (…, in) -> (…, out)."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -52,7 +52,7 @@ class Linear(nn.Module):
         return x @ self.weight.T
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """W itself, for parts that need more than x W^T. A layer that stores fewer bits computes it, in `dtype`."""
+        """W (out, in) itself, for parts that need more than x W^T. A layer that stores fewer bits computes it."""
         return self.weight
 
 
@@ -188,7 +188,10 @@ class KVCache:
         return self.tensors[0].shape[3]
 
     def write(self, layer: int, *new: Tensor) -> list[Tensor]:
-        """Put new keys and values (B, K, T, N) after the last token; return all of the layer's, (B, K, S, N)."""
+        """Put new keys and values (B, K, T, N) after the last token; return all of the layer's, (B, K, S, N).
+
+        Raises ValueError beyond the capacity.
+        """
         end = self.length + new[0].shape[2]
         if end > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens, {end} are needed")
@@ -197,7 +200,7 @@ class KVCache:
         return [tensor[layer, :, :, :end] for tensor in self.tensors]
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
+        """Forget all but the first `length` tokens. Raises ValueError where there are fewer."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot cut a cache of {self.length} tokens to {length}")
         self.length = length

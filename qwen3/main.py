@@ -17,6 +17,7 @@ if __name__ == "__main__":  # importing torch takes seconds, and Ctrl-C should l
     terminal.start()
 
 from .engine.arguments import Parser, find_checkpoint, find_question
+from .engine.batch_file import answer_file
 from .engine.conversation import Conversation, chat, chat_format
 from .engine.prepare import read_checkpoint
 from .engine.terminal import note, progress
@@ -31,6 +32,7 @@ DEFAULT_PROMPT = "What is RoPE?"
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The flags of all three packages (engine/arguments.py)."""
     return Parser("a dense Qwen3 checkpoint", DEFAULT, EMBEDDED, DEFAULT_PROMPT).parse_args(arguments)
 
 
@@ -40,6 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
     config, _ = read_checkpoint(folder)
     tokenizer = Tokenizer.from_checkpoint(folder, **chat_format(arguments))
     conversation = Conversation(arguments, folder, config, tokenizer)
+    if arguments.batch is not None:
+        return answer_file(conversation, notes)
     question = find_question(arguments)
     asked = DEFAULT_PROMPT if question is None else question
     prompt_ids = conversation.prompt_ids([{"role": "user", "content": asked}])
@@ -63,6 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The program: what is typed after its name (None: sys.argv) -> the exit code."""
     return terminal.exit_code(lambda: run(parse_arguments(arguments)))
 
 

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # importing torch takes seconds, and Ctrl-C should l
     terminal.start()
 
 from .engine.arguments import Parser, find_checkpoint, find_question
+from .engine.batch_file import answer_file
 from .engine.conversation import Conversation, chat, chat_format
 from .engine.expert_picture import Routing
 from .engine.prepare import read_checkpoint
@@ -32,6 +33,7 @@ DEFAULT_PROMPT = "What is a router?"
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The flags of all three packages (engine/arguments.py), and one of this package."""
     parser = Parser("a Qwen3-MoE checkpoint", DEFAULT, EMBEDDED, DEFAULT_PROMPT)
     parser.add_argument("--show-experts", action="store_true", help="at the end, a picture of which experts worked")
     return parser.parse_args(arguments)
@@ -43,6 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
     config, _ = read_checkpoint(folder)
     tokenizer = Tokenizer.from_checkpoint(folder, **chat_format(arguments))
     conversation = Conversation(arguments, folder, config, tokenizer)
+    if arguments.batch is not None:
+        return answer_file(conversation, notes)
     question = find_question(arguments)
     asked = DEFAULT_PROMPT if question is None else question
     prompt_ids = conversation.prompt_ids([{"role": "user", "content": asked}])
@@ -68,6 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The program: what is typed after its name (None: sys.argv) -> the exit code."""
     return terminal.exit_code(lambda: run(parse_arguments(arguments)))
 
 

@@ -64,6 +64,8 @@ def in_units(size: float) -> str:
 
 
 class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence, with exit code 2."""
+
     def error(self, message: str) -> None:
         note(f"download: {message[:200]}; --help lists the flags")
         sys.exit(2)
@@ -143,6 +145,7 @@ class Progress:
         return text
 
     def draw(self) -> None:
+        """Show how far it is: five times a second in a terminal, else a line every 15 seconds."""
         now = time.monotonic()
         if now - self.last < (0.2 if self.live else 15):
             return
@@ -174,6 +177,7 @@ class Progress:
 
 
 def download(package: str, name: str, revision: str | None, only_tokenizer: bool) -> None:
+    """Fetch what is missing of a checkpoint into its folder. Raises Failure with an exit code and a sentence."""
     from huggingface_hub import constants
 
     from .hub import fetch
@@ -249,6 +253,7 @@ def get(there, folder: Path, files: list, wanted: re.Pattern, package: str, name
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """What the command line asks for. Raises Failure."""
     from .hub.client import Failure
     package, sizes = arguments.package, GIGABYTES[arguments.package]
     if arguments.list:

@@ -219,6 +219,7 @@ def count(package: str, root: Path = ROOT) -> dict[str, Counter]:
 
 
 def table(package: str, root: Path = ROOT) -> str:
+    """A package's counts as text: a row for each file, a column for each kind."""
     files = count(package, root)
     files["all"] = sum(files.values(), Counter())
     rows = [[package, *KINDS[:1], "prose", *KINDS[1:], "lines", "share that teaches"]]

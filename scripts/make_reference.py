@@ -127,6 +127,7 @@ def second_token(path: Path, model: torch.nn.Module, prompt: list[int]) -> torch
 
 
 def small_cases(folder: Path, package: str) -> tuple[dict, dict]:
+    """(Greedy tokens, logits) of each small random checkpoint, by prompt and type."""
     answers, tensors = {}, {}
     for name in CASES[package]:
         path = write_case(folder / name, package, name)

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Without folders whose name begins with a dot: pytest keeps a README of its own in .pytest_cache.
 READMES = [path.relative_to(ROOT) for path in [
-    ROOT / "README.md", *sorted(ROOT.glob("[!.]*/README.md")), *sorted(ROOT.glob("scripts/*/README.md"))]]
+    ROOT / "README.md", *sorted(ROOT.glob("[!.]*/README.md")), *sorted(ROOT.glob("scripts/*/README.md")),
+    *sorted(ROOT.glob("[!.]*/REFERENCE.md"))]]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 
 
@@ -82,6 +83,32 @@ def test_the_table_of_files_has_their_order_and_their_lines(package):
     for name, said in rows:
         lines = [line for line in (ROOT / package / f"{name}.py").read_text().splitlines() if line.strip()]
         assert abs(len(lines) - int(said)) <= 5, f"{package}/README.md: {name}.py has {len(lines)} lines"
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_the_whole_model_of_the_first_page_gives_the_packages_logits(engine, monkeypatch, capsys):
+    import torch
+
+    from qwen3.weights import load_model
+
+    monkeypatch.chdir(ROOT)
+    namespace: dict = {}
+    code = [text for language, text, _ in blocks(Path("README.md")) if language == "python"]
+    for text in code:
+        exec(text, namespace)
+    capsys.readouterr()
+    model = load_model("checkpoints/Qwen3-Tiny", dtype="float32", engine=engine)
+    config = model.config
+    assert [namespace[name] for name in ("layers", "heads", "kv_heads", "size", "theta")] == [
+        config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
+        config.rope_theta]
+    for length in (1, 19, 300):
+        ids = torch.randint(config.vocab_size, (length,), generator=torch.Generator().manual_seed(length))
+        with torch.inference_mode():
+            wanted = model(ids[None])[0]
+            assert (namespace["qwen3"](ids) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    whole = code[0].partition("def ")  # the functions; before them the weights and five numbers
+    assert sum(bool(line.strip()) for line in (whole[1] + whole[2]).splitlines()) <= 35
 
 
 def test_something_is_tested():

@@ -38,6 +38,7 @@ DOORS = {
     "main": {  # device, memory, the terminal
         "terminal": {"*", "note", "progress"},
         "arguments": {"Parser", "find_checkpoint", "find_question"},
+        "batch_file": {"answer_file"},  # a file of prompts
         "conversation": {"Conversation", "chat", "chat_format"},
         "prepare": {"read_checkpoint"},
         "expert_picture": {"Routing"},

@@ -9,11 +9,14 @@ builds the plain model and lets `prepare` swap parts of it for those named in `p
                     files keep the bits), rounding (to integers, here); how a checkpoint says so: quantization_fields,
                     integer_fields
     files           prepare (loading), safetensors_reader, sizes and memory (does it fit?), drafts
+    many GPUs       parallel (two sums a layer), shares (what each of them holds), processes (how they meet and end)
     longer          yarn
     refused         supported, fields, architecture_fields, rope_fields, generation_fields, requests
     tokens, chat    vocabulary, tiktoken_vocab; chat_formats (how each is written); which one a checkpoint's template
                     means: templates, template_reader, template_expressions, template_shapes, chatml_shapes
     the terminal    arguments, conversation, terminal, expert_picture
+    many prompts    batch_file (--batch), prompts (what its lines may say), continuous (rows that are refilled), journal
+                    (answers that a killed run leaves), progress, replicas (several processes)
 
 Some files are only where an architecture needs them.
 """

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .fields import DTYPES
+from .processes import on_first
 from .terminal import PACKAGE, is_terminal, note
 
 MAX_NEW_TOKENS = 4096
@@ -19,6 +20,17 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "pre
 ABOUT_EMBEDDED = (
     'a tiny model that explains about 420 words of language models and adds small numbers; '
     'ask "What is RoPE?", "Why do we need the KV cache?" or "What is 347 + 586?"')
+
+BATCH = """A line of the file is an object of JSON: {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]},
+and if wanted "id", "seed", "max_new_tokens", the sampling settings (temperature, top_k, …) and "metadata", which is
+copied; or a text in quotes. A file named .txt has a prompt a line. Answers come in the same order, one object a line. A
+run that was stopped or killed goes on with the same command."""
+ALONE = {  # what does not go with --batch
+    "prompt": "the prompts are in the file",
+    "chat": "nobody is there to converse with",
+    "compile": "the compiled step is for a single sequence",
+    "speculative": "each row would accept its drafts at another place",
+    "show_experts": "the picture is of one answer"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,6 +73,29 @@ class Parser(argparse.ArgumentParser):
              help="compile the decode step: half a minute of waiting once, then faster on a GPU")
         add("--dtype", choices=(*DTYPES, "int4", "int8"),
             help="default: the checkpoint's own (quantised weights stay as they are); int4 and int8 round them here")
+        add = self.add_argument_group("a file of prompts", BATCH).add_argument
+        add("--batch", metavar="FILE", help='answer all prompts of a file; "-" reads standard input')
+        add("-o", "--output", metavar="FILE", help="where the answers go; default: standard output")
+        add("--batch-size", type=int, metavar="N",
+            help="answer N prompts at a time; default 16, on a GPU 64, or as many as memory has room for")
+        add("--data-parallel", type=int, metavar="N",
+            help="N replicas of the model share the prompts, on GPUs one each")
+        add("--restart", action="store_true", help="forget the answers of an earlier run to the same file")
+
+    def parse_args(self, *arguments, **more) -> argparse.Namespace:
+        """The flags; those that go only with --batch, or not with it, are refused in one sentence."""
+        given = super().parse_args(*arguments, **more)
+        if given.batch is None:
+            for name in ("output", "batch_size", "data_parallel", "restart"):
+                if getattr(given, name):
+                    self.error(f"--{name.replace('_', '-')} goes with --batch FILE")
+        for name, why in ALONE.items() if given.batch is not None else ():
+            if getattr(given, name, None):
+                self.error(f"--{name.replace('_', '-')} does not go with --batch: {why}")
+        for name in ("batch_size", "data_parallel"):
+            if (number := getattr(given, name)) is not None and number < 1:
+                self.error(f"--{name.replace('_', '-')} is {number}, expected 1 or more")
+        return given
 
     def error(self, message: str) -> NoReturn:
         message = message if len(message) < 240 else f"{message[:240]}…"
@@ -76,7 +111,7 @@ def find_question(arguments: argparse.Namespace) -> str | None:
         return None
     if arguments.prompt not in (None, "-"):
         return arguments.prompt
-    text = read_standard_input(wanted=arguments.prompt == "-")
+    text = on_first(lambda: read_standard_input(wanted=arguments.prompt == "-"))
     if arguments.prompt is None and not text:  # nothing at all was written, as in many a CI
         return None
     if not text or not text.strip():

@@ -225,6 +225,7 @@ def chatml(format: Format, messages: list[dict[str, str]], opening: str) -> list
 
 
 def deepseek(format: Format, messages: list[dict[str, str]], opening: str) -> list[str]:
+    """DeepSeek's family: texts and Special tokens of a conversation, up to the header of the answer."""
     systems = [message["content"] for message in messages if message["role"] == "system"]
     if format.systems == "last":
         systems = systems[-1:]
@@ -258,6 +259,7 @@ def kimi(format: Format, messages: list[dict[str, str]], opening: str) -> list[s
 
 
 def glm(format: Format, messages: list[dict[str, str]], opening: str) -> list[str]:
+    """GLM's family: the same. Only answers after the last question keep their reasoning."""
     parts: list[str] = [Special(name) for name in GLM_START]
     older = format.name == "glm-4.5"  # newlines after the roles, and /nothink after each question
     asked = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)

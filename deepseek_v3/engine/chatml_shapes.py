@@ -111,6 +111,7 @@ OPENING = (r"out '<\|im_start\|>assistant\\n(?P<open>(?:\\.|[^'\\])*)'\n"
 
 
 def chatml(text: str) -> Format | None:
+    """The Format of a template of the ChatML family; None where some part of it is not known."""
     asked = rf"(?:{LAST_QUESTION})?"
     for system, writes_first in SYSTEMS:
         found = re.fullmatch(rf"(?:set loop_messages = messages\n)?{asked}{system}{asked}{LOOP}{OPENING}", text)

@@ -102,6 +102,7 @@ class CompiledStep:
         return self.model.lm_head(model.norm(x))[:, -1]
 
     def replayed(self, end: int) -> Tensor:
+        """The logits of `computed`, (1, V), by a CUDA graph for each block, recorded once a block."""
         if end not in self.graphs:
             side = torch.cuda.Stream()  # compiles and warms up apart from what is recorded
             side.wait_stream(torch.cuda.current_stream())

@@ -15,6 +15,8 @@ SLOW_IN_16_BITS = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 class FastLinear(Linear):
+    """y = x W^T by `matmul`: (…, in) -> (…, out), with the parameters of Linear."""
+
     def forward(self, x: Tensor) -> Tensor:
         return matmul(x, self.matrix(x.dtype))
 

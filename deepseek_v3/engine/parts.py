@@ -4,20 +4,25 @@ The other files of the engine know nothing of it.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .. import generate, speculative
 from ..config import Config
 from ..layers import Linear
 from ..mla import Attention
+from ..model import Layer, MTPLayer
 from ..moe import Experts
 from .drafts import check_drafts as correct  # noqa: F401 for prepare.py
 from .experts import FastExperts, check_compiled, stack_experts  # noqa: F401 for prepare.py and compiled.py
 from .fast import FastLinear, fused_sdpa, matmul
+from .parallel import ParallelEmbedding, ParallelLayer, Place, span
 
 KEPT_IN_FLOAT32 = ("e_score_correction_bias",)  # stay float32 whatever the others are, by the last part of their names
 
 
 class FusedAttention(Attention):
+    """Attention whose softmax(q k^T) v is one kernel, with the parameters of Attention."""
+
     def sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         if k.shape[1] == 1 < q.shape[1] and len(q) == 1:
             return attention_on_latents(q, k, v, mask, self.scale)
@@ -48,6 +53,33 @@ def attention_on_latents(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: f
 
 # Part of the lesson -> its faster twin, with the same parameters.
 FASTER = {Linear: FastLinear, Attention: FusedAttention, Experts: FastExperts}
+
+
+class ParallelMTPLayer(ParallelLayer, MTPLayer):
+    """The draft layer with the two sums."""
+
+
+# … and where several ranks share a model.
+PARALLEL = {Layer: ParallelLayer, MTPLayer: ParallelMTPLayer, nn.Embedding: ParallelEmbedding}
+CHANCE = [(generate, "sample"), (speculative, "draw"), (speculative, "verify")]  # functions that draw a token
+
+
+def share_heads(config: Config, place: Place) -> dict[str, tuple[int, int]]:
+    """Linear of attention -> (first, end) of the rows that a rank has, of o_proj the columns: those of whole heads.
+
+    The projections to a latent are whole, and so is its cache: all heads need all of it.
+    """
+    H, N, M = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
+    if place.ranks > H:
+        raise ValueError(f"{place.ranks} processes cannot share {H} head{'s' * (H > 1)}; start up to {H}")
+    first, end = span(H, place)
+    sizes = {"q_proj": N + config.qk_rope_head_dim, "kv_b_proj": N + M, "o_proj": M}
+    sizes["q_b_proj"] = sizes["q_proj"]
+    return {linear: (first * size, end * size) for linear, size in sizes.items()}
+
+
+def share_cache(attention: Attention, heads: dict[str, tuple[int, int]]) -> None:
+    """A rank caches what its own heads need: of a latent, the whole."""
 
 
 def count_parts(config: Config) -> dict[str, int]:

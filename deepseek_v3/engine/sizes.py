@@ -1,6 +1,5 @@
 """How many bytes weights and cache take, and whether they fit: from config and headers, before anything is loaded."""
 
-import math
 from pathlib import Path
 
 import torch
@@ -10,27 +9,35 @@ from ..layers import KVCache
 from ..model import Layer, Model
 from .memory import free_memory, gigabytes
 from .packed_formats import LEAF, count_weights
-from .parts import KEPT_IN_FLOAT32, count_experts
+from .parallel import Place, here
+from .parts import KEPT_IN_FLOAT32, count_experts, share_cache, share_heads
 from .prepare import compute_dtype, read_checkpoint
+from .processes import on_this_machine, rank, ranks
 from .quantized import FP8
 from .rounding import BITS, GROUP, is_rounded
 from .safetensors_reader import CheckpointFiles
+from .shares import Shares
 
 
 def bytes_in_memory(directory: str | Path, dtype: torch.dtype | str | None = None, active: bool = False) -> int:
-    """What the weights will take, computed from the headers alone; `active` counts only experts that a token uses."""
+    """What the weights will take, computed from the headers alone; `active` counts only experts that a token uses.
+
+    Of several ranks that share the model (shares.py), what this one has.
+    """
     return count_bytes(*read_checkpoint(directory), dtype, active)
 
 
-def count_bytes(config: Config, files: CheckpointFiles, dtype: torch.dtype | str | None, active: bool) -> int:
-    compute, dense, experts = compute_dtype(config, files, dtype), 0, 0
+def count_bytes(config: Config, files: CheckpointFiles, dtype: torch.dtype | str | None, active: bool,
+                place: Place | None = None) -> int:
+    """`bytes_in_memory` of files that are open already, or of the share that a process holds."""
+    compute, dense, experts, shares = compute_dtype(config, files, dtype), 0, 0, Shares(config, files, place)
     for name, (_, shape, stored, *_) in files.tensors.items():
         is_scale = name.endswith("_scale_inv")
         if is_scale and dtype is not None:
             continue  # multiplied in
         is_packed = bool(LEAF.fullmatch(name))
         as_stored = name.endswith(KEPT_IN_FLOAT32) or dtype is None and (stored == FP8 or is_scale or is_packed)
-        count = count_weights(files, name) if is_packed and dtype is not None else math.prod(shape)
+        count = count_weights(files, name) if is_packed and dtype is not None else shares.count(name)
         size = count * (stored if as_stored else compute).itemsize
         if dtype in BITS and is_rounded(name, shape):
             size = count * BITS[dtype] // 8 + shape[0] * (shape[1] // GROUP if dtype == "int4" else 1) * 2 + 16
@@ -56,6 +63,8 @@ def cache_bytes_per_token(config: Config, dtype: torch.dtype) -> int:
     """What the cache keeps of a token in all layers, as a layer says it."""
     with torch.device("meta"):
         attention = Layer(config, 0).self_attn
+    if here().ranks > 1:
+        share_cache(attention, share_heads(config, here()))
     cache = KVCache([attention], 1, dtype, "meta")
     return config.num_hidden_layers * sum(tensor.nbytes for tensor in cache.tensors)
 
@@ -64,20 +73,24 @@ def check_memory(directory: str | Path, device: torch.device, dtype: str | None,
     """How large the weights are, in words; ValueError if they and a cache of `cache` bytes do not fit on the device.
 
     On the CPU, weights that need no conversion stay in the file. Of experts, only what a single token reads must fit.
+    Ranks that share a model have a GPU each, and the memory of their machine together.
     """
     config, files = read_checkpoint(directory)
-    weights, free = count_bytes(config, files, dtype, active=False), free_memory(device)
+    here_too = on_this_machine() if device.type == "cpu" else [rank()]
+    places = [Place(number % ranks(), ranks()) for number in here_too]
+    weights = [count_bytes(config, files, dtype, False, place) for place in places]
+    size, cache, free = weights[places.index(here())], cache * len(places), free_memory(device)
     compute, (used, every) = compute_dtype(config, files, dtype), count_experts(config)
     stored = {tensor.dtype for name, tensor in files.tensors.items()
               if not name.endswith(("_scale_inv", *KEPT_IN_FLOAT32)) and not LEAF.fullmatch(name)}
     stay_in_file = device.type == "cpu" and stored <= {compute, FP8 if dtype is None else compute}
-    needed = count_bytes(config, files, dtype, active=stay_in_file)
-    if free is not None and weights + cache > free >= needed + cache:
-        return f"{gigabytes(weights)} (more than the {gigabytes(free)} free: experts come from the disk when routed to)"
+    needed = sum(count_bytes(config, files, dtype, stay_in_file, place) for place in places)
+    if free is not None and sum(weights) + cache > free >= needed + cache:
+        return f"{gigabytes(size)} (more than the {gigabytes(free)} free: experts come from the disk when routed to)"
     if free is not None and needed + cache > free:
         advice = "choose a smaller checkpoint, another device or a smaller -n" if used == every else (
             "choose a smaller checkpoint or -n, or `-d cpu` without --dtype, where experts stay in the file until they "
             "are wanted")
         raise ValueError(f"{Path(directory).name} needs {gigabytes(needed)} for weights and {gigabytes(cache)} for the "
                          f"cache of {tokens:,} tokens, but {device} has {gigabytes(free)} free; {advice}")
-    return gigabytes(weights)
+    return gigabytes(size)

@@ -46,6 +46,7 @@ OPENS = (
 
 
 def deepseek(text: str) -> Format | None:
+    """The Format of a template of DeepSeek's family; None where some part of it is not known."""
     found = re.fullmatch(rf"{BEGIN}{SYSTEM}for message in messages\n{QUESTION}{ANSWER}{OPENS}", text)
     if not found:
         return None
@@ -116,6 +117,7 @@ KIMI_SET_ROLES = [
 
 
 def kimi(text: str, macros: dict[str, list[str]]) -> Format | None:
+    """The Format of a template of Kimi's family, Moonlight among them; None where some part of it is not known."""
     first, *rest = macros.get("render_content") or [""]
     thinking = macros.get("set_roles") == KIMI_SET_ROLES and first == "set c = content" and writes_text(rest, "c")
     loops = [rf"for message in messages\n(?:  {KIMI_SYSTEM.format('  ', 'inner')})?{turns}" for turns in KIMI_TURNS]

@@ -20,10 +20,11 @@ from ..tokenizer import Tokenizer
 from .arguments import MAX_NEW_TOKENS, SAMPLING, name_of
 from .memory import find_device, gigabytes
 from .prepare import compute_dtype
-from .rounding import BITS
+from .processes import check_alike, on_first, ranks
 from .requests import check_request
+from .rounding import BITS
 from .safetensors_reader import CheckpointFiles
-from .sizes import bytes_per_token, cache_bytes_per_token, check_memory
+from .sizes import bytes_in_memory, bytes_per_token, cache_bytes_per_token, check_memory
 from .terminal import PACKAGE, Questions, is_terminal, note, progress, show_answer
 
 COMMANDS = "/clear forgets the conversation, /system TEXT sets the system prompt, /think, /no_think, /exit"
@@ -34,7 +35,8 @@ HELP = """\
 /exit             leave; so do /quit, exit, quit and the end of the input
 /help             this text
 A question may follow /clear, /think and /no_think on the same line. //TEXT asks a TEXT that begins with a slash.
-Several pasted lines are one question. Ctrl-C stops an answer, clears a half-typed line, and leaves at an empty one."""
+Several pasted lines are one question. """
+CTRL_C = "Ctrl-C stops an answer, clears a half-typed line, and leaves at an empty one."
 
 
 def chat_format(arguments: argparse.Namespace) -> dict[str, str]:
@@ -95,12 +97,17 @@ class Conversation:
 
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """The conversation as ids; ValueError if they leave no room in the context for an answer."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        base = self.tokenizer.thinking is None
-        ids = (self.tokenizer.bos_ids + self.tokenizer.encode(messages[-1]["content"]) if base
-               else self.tokenizer.chat(system + messages, self.thinking))
+        ids = self.encode(messages)
         check_request(self.config, [ids], self.new_tokens(ids), **self.sampling, seed=self.arguments.seed)
         return ids
+
+    def encode(self, messages: list[dict[str, str]]) -> list[int]:
+        """The ids alone; the system prompt of the flags comes first, unless the conversation begins with its own."""
+        if self.tokenizer.thinking is None:
+            return self.tokenizer.bos_ids + self.tokenizer.encode(messages[-1]["content"])
+        own = messages[0].get("role") == "system"
+        system = [{"role": "system", "content": self.system}] if self.system and not own else []
+        return self.tokenizer.chat(system + messages, self.thinking)
 
     def new_tokens(self, prompt_ids: list[int]) -> int:
         """How many may be generated: what -n says, or the default as far as the context has room."""
@@ -110,15 +117,24 @@ class Conversation:
 
     def find_device(self, prompt_ids: list[int]) -> tuple[torch.device, str | None]:
         """(device, dtype or None for the checkpoint's own), if weights and cache fit there; says how large they are."""
+        device, new = find_device(self.arguments.device), self.new_tokens(prompt_ids)
+        check_alike("device and command", (device.type, self.arguments.dtype, prompt_ids, new, self.sampling))
+        return self.find_room(len(prompt_ids) + new)
+
+    def find_room(self, tokens: int, processes: int = 1) -> tuple[torch.device, str | None]:
+        """find_device for a cache of so many tokens, in each of several processes that share a CPU's memory."""
         device, dtype = find_device(self.arguments.device), self.arguments.dtype
         if device.type == "mps" and self.config.quantization and dtype is None:
             dtype = "bfloat16"  # Apple's GPUs have no FP8
         compute = compute_dtype(self.config, CheckpointFiles(self.folder), dtype)
-        per_token, tokens = cache_bytes_per_token(self.config, compute), len(prompt_ids) + self.new_tokens(prompt_ids)
-        size = check_memory(self.folder, device, dtype, tokens, tokens * per_token)
+        per_token, more = cache_bytes_per_token(self.config, compute), 0
+        if device.type == "cpu" and processes > 1:  # weights that need no conversion stay in one file for all
+            tokens, more = tokens * processes, (processes - 1) * bytes_in_memory(self.folder, dtype) if dtype else 0
+        size = check_memory(self.folder, device, dtype, tokens, tokens * per_token + more)
         kept = self.config.quantization.upper() if self.config.quantization and dtype is None else (
             dtype if dtype in BITS else str(compute).removeprefix("torch."))
         why = "" if self.arguments.device or device.type != "cpu" else " (no GPU found)"
+        why += f", the share of one of {ranks()} processes" if ranks() > 1 else ""
         if (kept, device.type) == ("FP8", "cpu"):
             why += " (slow there; --dtype bfloat16, if it fits, expands them once)"
         note(f"{self.name}: {size} of weights in {kept} on {device}{why}, {per_token / 1e3:.1f} kB of cache per token")
@@ -219,13 +235,14 @@ def split_command(line: str) -> tuple[str, str]:
 
 def chat(conversation: Conversation) -> None:
     """Question and answer until /exit, the end of the input, or Ctrl-C at an empty line."""
-    note(f"A conversation; {COMMANDS}, /help. Ctrl-C stops an answer or clears a line, and leaves at an empty one.")
+    ctrl_c = CTRL_C if ranks() == 1 else "Ctrl-C ends the program."
+    note(f"A conversation; {COMMANDS}, /help. {ctrl_c}")
     questions = Questions(lambda line: split_command(line) in [(name, "") for name in (
         "/clear", "/system", "/think", "/no_think", "/exit", "/quit", "/help")])
     messages: list[dict[str, str]] = []
     while True:
         try:
-            command, text = split_command(questions.read())
+            command, text = split_command(on_first(questions.read))
         except EOFError:
             return
         if command in ("/exit", "/quit") and not text:
@@ -234,7 +251,7 @@ def chat(conversation: Conversation) -> None:
             note(f"{command} takes no text; /{command} {text} asks that as a question"[:299])
             continue
         if command == "/help":
-            note(HELP)
+            note(HELP + ctrl_c)
         elif command == "/clear":
             messages = []
         elif command == "/system":

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from . import processes
+
 try:
     import resource
 except ImportError:  # Windows has no limits of this kind
@@ -13,6 +15,8 @@ except ImportError:  # Windows has no limits of this kind
 
 def find_device(name: str | None) -> torch.device:
     """The named device, or the fastest that is there; ValueError if it cannot be used."""
+    if processes.ranks() > 1:
+        name = processes.device_of(name)
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

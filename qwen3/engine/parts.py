@@ -4,18 +4,22 @@ The other files of the engine know nothing of it.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .. import generate
 from ..config import Config
 from ..layers import Attention, Linear
-from ..model import Model
+from ..model import Layer, Model
 from .fast import FastLinear, fused_sdpa
+from .parallel import ParallelEmbedding, ParallelLayer, Place, span
 from .safetensors_reader import CheckpointFiles
 
 KEPT_IN_FLOAT32 = ()  # stay float32 whatever the others are, by the last part of their names
 
 
 class FusedAttention(Attention):
+    """Attention whose softmax(q k^T) v is one kernel, with the parameters of Attention."""
+
     def sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         if q.device.type == "mps":  # some versions of PyTorch leak future tokens there, or return NaN
             return super().sdpa(q, k, v, mask)
@@ -23,6 +27,35 @@ class FusedAttention(Attention):
 
 
 FASTER = {Linear: FastLinear, Attention: FusedAttention}  # part of the lesson -> its faster twin, same parameters
+
+PARALLEL = {Layer: ParallelLayer, nn.Embedding: ParallelEmbedding}  # and where several ranks share a model
+CHANCE = [(generate, "sample")]  # functions that draw a token
+
+
+def share_heads(config: Config, place: Place) -> dict[str, tuple[int, int]]:
+    """Linear of attention -> (first, end) of the rows that a rank has, of o_proj the columns: those of whole heads.
+
+    Of several ranks with the same key head each has some of its queries.
+    """
+    H, K, N, n = config.num_attention_heads, config.num_key_value_heads, config.head_dim, place.ranks
+    if n > H or (n > K and n % K):
+        more = f", or a multiple of {K} up to {H}" if H > K else ""
+        raise ValueError(f"{n} processes cannot share {H} query heads and {K} key heads; start up to {K}{more}")
+    if n <= K:
+        first, end = span(K, place)
+        queries = first * (H // K), end * (H // K)
+    else:
+        first = place.rank * K // n
+        end, (one, other) = first + 1, span(H // K, Place(place.rank % (n // K), n // K))
+        queries = first * (H // K) + one, first * (H // K) + other
+    queries, keys = (queries[0] * N, queries[1] * N), (first * N, end * N)
+    return {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries}
+
+
+def share_cache(attention: Attention, heads: dict[str, tuple[int, int]]) -> None:
+    """A rank caches its own heads."""
+    first, end = heads["k_proj"]
+    attention.cached = [((end - first) // attention.head_dim, attention.head_dim)] * 2
 
 
 def count_parts(config: Config) -> dict[str, int]:

@@ -18,6 +18,7 @@ from .fast import FastLinear
 from .safetensors_reader import CheckpointFiles
 
 FP8 = torch.float8_e4m3fn
+Layout = tuple[tuple[int, int], tuple[int, int], bool]  # shape of W, rows and columns with one scale, are they blocks?
 
 
 class QuantizedLinear(FastLinear):
@@ -45,6 +46,10 @@ class QuantizedLinear(FastLinear):
     def make(cls, config: Config, shape: tuple[int, int], **tensors: Tensor) -> "QuantizedLinear":
         """Of the tensors that `stored` names, for a W of `shape`."""
         raise NotImplementedError
+    @staticmethod
+    def layout(files: CheckpointFiles, name: str, config: Config) -> Layout | None:
+        """How W is stored, for shares of it (shares.py); None for another format, or one that cannot be shared."""
+        return None
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) in `dtype`."""
@@ -72,6 +77,7 @@ class FP8Linear(QuantizedLinear):
     @staticmethod
     def stored(files: CheckpointFiles, name: str, shape: tuple[int, int],
                config: Config) -> dict[str, tuple[int, ...]] | None:
+        """As QuantizedLinear.stored, for FP8 with a scale for each block, row or tensor. Raises ValueError."""
         weight, scale = (files.tensors.get(f"{name}.{leaf}") for leaf in ("weight", "weight_scale_inv"))
         if weight is None or weight.dtype != FP8:
             return None
@@ -87,6 +93,13 @@ class FP8Linear(QuantizedLinear):
     @classmethod
     def make(cls, config: Config, shape: tuple[int, int], **tensors: Tensor) -> "FP8Linear":
         return cls(config, **tensors)
+    @staticmethod
+    def layout(files: CheckpointFiles, name: str, config: Config) -> Layout | None:
+        weight, scale = (files.tensors.get(f"{name}.{leaf}") for leaf in ("weight", "weight_scale_inv"))
+        if weight is None or scale is None:
+            return None
+        block = block_of(weight.shape, scale.shape, config.weight_block_size) or weight.shape
+        return weight.shape, block, block == (config.weight_block_size or (128, 128))
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         return dequantize(self.weight, self.weight_scale_inv, dtype, self.block)

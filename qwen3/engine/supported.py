@@ -111,6 +111,7 @@ def check_folder(directory: Path) -> None:
 
 
 def check_model(fields: Fields, package: str) -> None:
+    """ValueError for a checkpoint of another model, by model_type, architectures and what only others have."""
     kind = fields.get("model_type")
     runs = [name for name, its in PACKAGES.items() if its == package]
     if not isinstance(kind, str) or kind not in runs:

@@ -76,6 +76,7 @@ class Reader:
         return parse(code, self.loop_name, self.content)
 
     def body(self, until: tuple[str, ...]) -> list[tuple]:
+        """The nodes up to a tag that begins with a word of `until`. Raises NotUnderstood for a tag of another kind."""
         out: list[tuple] = []
         while self.at < len(self.queue):
             kind, text = self.queue[self.at]
@@ -125,6 +126,7 @@ class Reader:
         return inner
 
     def arms(self, rest: str) -> list[tuple]:
+        """An if with all its arms, of which `rest` is the first condition; what no conversation reaches is left out."""
         arms, test, before, after, certain = [], self.parse(rest), self.content, set(), False
         while True:
             self.content = before

@@ -31,6 +31,7 @@ def grouped_mm_is_one_kernel(device: torch.device, dtype: torch.dtype, *widths: 
 
 
 class FastExperts(Experts):
+    """Experts by what suits the machine: on a GPU in stacks. (n, D), (n, A), (n, A) -> (n, D)."""
     # All experts in two tensors, and two more for the scales of FP8; see `stack`.
     gate_up = down = gate_up_scale = down_scale = None
 

@@ -20,9 +20,11 @@ from .parts import FASTER, KEPT_IN_FLOAT32, correct, count_parts, stack_experts
 from .integer_linear import Budget, IntegerLinear
 from .memory import free_memory
 from .packed_formats import FORMATS, CompressedLinear, suit_kernel
+from .processes import ranks
 from .quantized import FP8, QuantizedLinear
 from .rounding import BITS, GROUP, is_rounded, packed_tensors
 from .safetensors_reader import CheckpointFiles, is_copy, read_header
+from .shares import share_model
 from .supported import check_tensor_names
 
 
@@ -86,6 +88,7 @@ def prepare(model: Model, files: CheckpointFiles, device: str | torch.device, dt
         module.__class__ = FASTER.get(type(module), type(module))
     formats = find_formats(model, files)
     shapes = check_names_and_shapes(model, files, formats)
+    shares = share_model(model, files)  # of one process the whole
     stack_experts(model, files, device, dtype, compute)
     done = 0
 
@@ -94,7 +97,7 @@ def prepare(model: Model, files: CheckpointFiles, device: str | torch.device, dt
         done += 1
         if progress:
             progress(done, len(shapes))
-        return files.read(name).view(shapes[name]).to(device)
+        return shares.cut(name, files.read(name).view(shapes[name])).to(device)
 
     def swap(name: str, linear: QuantizedLinear) -> None:
         model.set_submodule(name, linear)
@@ -124,6 +127,7 @@ def prepare(model: Model, files: CheckpointFiles, device: str | torch.device, dt
                     place(module, leaf, read(whole).to(torch.float32 if leaf in KEPT_IN_FLOAT32 else compute))
     bound_experts(model, device)
     model.tie_weights()
+    shares.finish(model)
     rope = model.model.rotary_emb
     rope.inv_freq = rope.inv_freq.to(device)  # once, and not at each forward
     return model.eval()
@@ -190,6 +194,9 @@ def check_plain(model: Model, files: CheckpointFiles, dtype: torch.dtype | str |
     """The type in which the lesson's own loading makes all weights; ValueError for what only the engine can load."""
     if dtype in BITS:
         raise ValueError(f"only the engine computes in {dtype}; leave out --plain (or engine=False)")
+    if ranks() > 1:
+        raise ValueError(f"the lesson's own code runs in one process, and there are {ranks()}; leave out --plain (or "
+                         "engine=False)")
     if find_formats(model, files):
         raise ValueError(f"{files.directory}: its weights are quantised, which only the engine reads; leave out "
                          "--plain (or engine=False)")

@@ -18,6 +18,8 @@ from contextlib import suppress
 from types import ModuleType
 from typing import NoReturn, TextIO
 
+from . import processes
+
 PACKAGE = __name__.partition(".")[0]
 THINK, END_THINK = "<think>", "</think>"
 PASTE = 0.05  # seconds: lines that follow faster were pasted
@@ -25,7 +27,6 @@ GRACE = 0.5  # seconds after an answer in which Ctrl-C was meant for the answer
 
 
 # Printing
-
 def write(stream: TextIO | None, text: str, errors: str = "replace") -> None:
     """Print now; what the stream's encoding lacks becomes "?", and a closed standard stream (None) takes everything."""
     if stream is not None:
@@ -120,7 +121,6 @@ def segments(tokenizer, prompt_ids: list[int], ids: Iterator[int]) -> Iterator[t
 
 
 # Typing
-
 class Questions:
     """What a user types in a conversation. Several pasted lines are one question; a pipe gives one question a line."""
 
@@ -147,6 +147,7 @@ class Questions:
                     raise
 
     def read_lines(self) -> str:
+        """A line, and all that was pasted with it, up to a line that stands alone."""
         self.text, self.ahead = self.ahead, ""
         if not self.text:
             self.text = self.line(self.prompt)
@@ -169,6 +170,7 @@ class Questions:
             return False
 
     def line(self, prompt: str) -> str:
+        """One line from the terminal or a pipe. Raises EOFError at the end."""
         if self.typed and not is_terminal(sys.stdout):
             note(prompt, end="")
             prompt = ""
@@ -196,7 +198,6 @@ class Questions:
 
 
 # Ending
-
 def start() -> None:
     """Before torch is imported: Ctrl-C leaves quietly, and no file gets the number of a closed standard stream."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
@@ -205,6 +206,7 @@ def start() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    processes.be_quiet()
     sys.excepthook = cannot_start
 
 
@@ -226,14 +228,13 @@ def program(main: Callable[[], int]) -> NoReturn:
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")  # the tokenizer makes U+FFFD of bytes that are no text
     try:
-        code = main()
+        code = exit_code(processes.join) or main()
     except SystemExit as exit_:
         code = exit_.code
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        what = f"{type(error).__name__}: {one_line(error)}"
-        note(f"{PACKAGE}: internal error, please report it with your command: {what}"[:299])
+        complain(f"internal error, please report it with your command: {type(error).__name__}: {one_line(error)}"[:270])
         code = 2
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -242,7 +243,13 @@ def program(main: Callable[[], int]) -> NoReturn:
         except (OSError, ValueError):  # Python would try again on its way out, complain, and exit with 120
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    sys.exit(code)
+    sys.exit(processes.leave(code))
+
+
+def complain(text: str, lost: bool = False) -> None:
+    """Why the program ends, said by one process if there are several."""
+    if (who := processes.who_speaks(lost)) is not None:
+        note(f"{PACKAGE}{who}: {text}")
 
 
 def exit_code(work: Callable[[], None]) -> int:
@@ -251,15 +258,14 @@ def exit_code(work: Callable[[], None]) -> int:
         work()
         return 0
     except BrokenPipeError:  # whoever reads the answer has left, as `head` does
-        return 0
+        return processes.dismiss()
     except KeyboardInterrupt:
         note("")
         return 130
     except Exception as error:
-        text = sentence(error)
-        if text is None:
+        if (text := sentence(error)) is None:
             raise
-        note(f"{PACKAGE}: {text}")
+        complain(text, processes.is_lost(error))
         return 2
 
 
@@ -271,6 +277,8 @@ DEVICE = re.compile(r"\b(cuda|cudnn|cublas\w*|cusolver\w*|nccl|hip|rocm|mps|meta
 def sentence(error: Exception) -> str | None:
     """One sentence for what a user can mend: bad input, files, memory, the device. None for a fault of the program."""
     text, kind = one_line(error), type(error)
+    if processes.is_lost(error):
+        return "another process has ended, or cannot be reached; its own message, if it left one, says why"
     if isinstance(error, MemoryError) or (isinstance(error, (RuntimeError, OSError)) and MEMORY.search(text)):
         size = re.search(r"tried to allocate ([\d.,]+ ?\w+)", text, re.I)
         return (f"memory ran out{f': {size[1]} more were needed' if size else ''}; try a smaller -n, --dtype bfloat16, "

@@ -33,6 +33,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     what("--plot", action="store_true", help="what a token costs as the context doubles, up to 32768 if it fits")
     what("--tricks", action="store_true", help="what each trick buys: ours against ours without it")
     what("--speculative", action="store_true", help="tokens a second with drafts and without (deepseek_v3)")
+    what("--batch", type=int, metavar="N",
+         help="many prompts, N at a time: rows that are refilled, against slices that end with their longest answer")
+    add("--answers", type=int, default=1000, metavar="N", help="the longest answer of --batch; default 1000")
     add("--json", type=Path, metavar="FILE", help="write every single result there")
     return parser.parse_args(words)
 

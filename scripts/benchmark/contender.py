@@ -45,6 +45,8 @@ class Peak:
 
 
 class Ours:
+    """A package of this project as a program to be measured; `without` leaves a trick out."""
+
     def __init__(self, folder: str, device: str, package: str, without: str | None = None, compiled: bool = False):
         if without:
             from .tricks import leave_out
@@ -82,6 +84,25 @@ class Ours:
             seconds[name] = (len(times) - 1) / times[-1]
         return seconds | {"tokens_per_step": 1 + acceptance.accepted / max(1, acceptance.drafted)}
 
+    def batch(self, context: int, rows: int, longest: int) -> dict:
+        """Tokens a second of 12 * rows answers of 10 to `longest` tokens: in slices of `rows` prompts, and refilled."""
+        chance, count = torch.Generator().manual_seed(1), 12 * rows
+        limits = torch.linspace(min(10, longest), longest, count).long()
+        limits = limits[torch.randperm(count, generator=chance)].tolist()
+        prompts = torch.randint(self.vocabulary, (count, context), generator=chance).tolist()
+        continuous = import_module(f"{self.generate.__package__}.engine.continuous")
+        every, seconds = [continuous.Request(*both) for both in zip(prompts, limits)], {}
+        start = time.perf_counter()
+        for first in range(0, count, rows):
+            some = slice(first, first + rows)
+            self.generate.generate_batch(self.model, prompts[some], max_new_tokens=max(limits[some]))
+        seconds["slices"] = time.perf_counter() - start
+        start = time.perf_counter()
+        for _ in continuous.continuous_batch(self.model, every, rows=rows, capacity=context + longest):
+            pass
+        seconds["continuous"] = time.perf_counter() - start
+        return {name: sum(limits) / spent for name, spent in seconds.items()}
+
 
 class Transformers:
     """transformers with its defaults: SDPA, and a cache that grows."""
@@ -109,6 +130,7 @@ class Transformers:
             token, cache = self.step(token, cache)
 
     def token_times(self, context: int, count: int) -> list[float]:
+        """As Ours.token_times, in seconds."""
         _, probe = self.step(torch.ones(1, 1, dtype=torch.int64, device=self.device))
         cache = type(probe)(config=self.model.config)
         for layer, one in enumerate(probe.layers):
@@ -128,6 +150,7 @@ def median(times: list[float]) -> float:
 
 
 def work(program, task: dict) -> dict:
+    """One task of one program -> what was measured: seconds, bytes or ids."""
     seeded = torch.Generator().manual_seed(0)
     prompt = torch.randint(program.vocabulary, (task["context"] or 1,), generator=seeded).tolist()
     if task["do"] == "ids":
@@ -144,6 +167,8 @@ def work(program, task: dict) -> dict:
     if task["do"] == "decode":
         # Without the first two steps, which allocate buffers and may compile.
         return {"seconds": median(program.token_times(task["context"], task["count"] + 2)[2:])}
+    if task["do"] == "batch":
+        return program.batch(task["context"], task["rows"], task["count"])
     return program.speculation(task["context"], task["count"])
 
 

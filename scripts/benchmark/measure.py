@@ -79,7 +79,12 @@ def check(arguments: argparse.Namespace, work: Work) -> None:
     """ValueError for what cannot be measured, before minutes are spent on it."""
     if arguments.speculative and work.package != "deepseek_v3":
         raise ValueError("--speculative is for deepseek_v3, whose MTP module can draft")
-    if arguments.compile and (arguments.speculative or arguments.tricks):
+    if arguments.batch is not None and arguments.batch < 1 or arguments.answers < 1:
+        raise ValueError(f"--batch {arguments.batch} --answers {arguments.answers}: expected 1 or more")
+    if arguments.batch and 32 + arguments.answers > work.context_length:
+        raise ValueError(f"--answers {arguments.answers}: the checkpoint's context has {work.context_length} tokens, "
+                         "and prompts take 32")
+    if arguments.compile and (arguments.speculative or arguments.tricks or arguments.batch):
         raise ValueError("--compile goes with the usual measurement and with --plot only")
     if arguments.compile and not can_compile(work, arguments.device):
         raise ValueError(f"--compile needs a GPU for {work.package}, whose experts are in stacks only there; leave it "
@@ -95,7 +100,7 @@ def say_what_fits(arguments: argparse.Namespace, name: str, work: Work, room: in
         usual = [PLOT]
     elif arguments.tricks:
         usual = [trick.context for trick in tricks_of(work, arguments.device).values() if trick]
-    elif arguments.speculative:
+    elif arguments.speculative or arguments.batch:
         usual = []
     if long := [n for n in usual if n > room]:
         note(f"note: {name} has a context of {work.context_length} tokens, so that lengths go up to "
@@ -103,6 +108,7 @@ def say_what_fits(arguments: argparse.Namespace, name: str, work: Work, room: in
 
 
 def measure(arguments: argparse.Namespace) -> None:
+    """What the command line asks for, measured and printed. Raises ValueError for what cannot be measured."""
     if arguments.shape == "list":
         return print("\n".join(shapes.published()))
     if arguments.rounds < 1:
@@ -153,6 +159,14 @@ def measure(arguments: argparse.Namespace) -> None:
               f"{tokens:.2f} tokens for a step of the main model\n"
               f"with drafts {steps:.1f} steps a second: {2 * steps:.1f} tok/s if every draft were accepted, "
               f"faster than without from {needed:.0%} accepted on")
+    elif arguments.batch:
+        task = {"do": "batch", "context": 32, "count": arguments.answers, "rows": arguments.batch}
+        results = compete(folder, work, arguments, {"ours": ours}, [task])
+        slices, refilled = ([one[name] for one in results["batch 32"]["ours"]] for name in ("slices", "continuous"))
+        print(f"{12 * arguments.batch} answers of {min(10, arguments.answers)} to {arguments.answers} tokens, "
+              f"{arguments.batch} at a time: {median(slices):,.1f} tok/s in slices, "
+              f"{median(refilled):,.1f} tok/s refilled, "
+              "{:.2f} times as many ({:.2f}-{:.2f})".format(*ratios(refilled, slices)))
     else:
         peer = {arguments.against: {"who": arguments.against}} if arguments.against else {}
         ids = {"do": "ids", "context": 32, "count": 8}

@@ -25,6 +25,7 @@ class Work:
 
     @staticmethod
     def of(folder: Path) -> "Work":
+        """The work of a checkpoint's token, computed from config and headers."""
         package = shapes.package_of(folder)
         sizes = import_module(f"{package}.engine.sizes")
         config = import_module(f"{package}.config").Config.from_checkpoint(folder)
@@ -71,6 +72,7 @@ def rates(results: dict, label: str, name: str) -> list[float]:
 
 
 def table(work: Work, results: dict, limits: dict, peer: str | None) -> list[str]:
+    """The lines of the table: ours, the machine's limit, and the peer with the ratio."""
     lines = [f"{'':24}{'ours':>15}{'limit':>15}{'reached':>9}" + (f"{peer:>15}   ratio (least-most)" if peer else "")]
 
     def line(what: str, ours: list[float], theirs: list[float] | None, form: Callable[[float], str],

@@ -40,6 +40,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class File:
+    """A file of a repository, as the hub describes it."""
     name: str
     size: int
     hash: str  # SHA-256 of a large file, git's own SHA-1 of a small one

@@ -115,6 +115,7 @@ class Fetch:
                 self.needed += left
 
     def one(self, file: File) -> None:
+        """A whole file, its hash checked; what came before an interruption is kept. Raises Failure."""
         path, part, hub = self.folder / file.name, self.folder / file.part, self.hub
         cached, damaged = self.cached.get(file.name), False
 
@@ -149,6 +150,7 @@ class Fetch:
             shutil.copyfile(cached, part)
 
     def all(self, files: Iterable[File], draw: Callable[[], None]) -> None:
+        """Several files at a time, `draw` called meanwhile. The first error stops the others and is raised."""
         waiting, failures = deque(files), []
 
         def work() -> None:

@@ -228,7 +228,7 @@ def squared_share(p: Tensor, topk_ids: Tensor) -> Tensor:
 
 
 BALANCE_MISTAKES: dict[str, Callable] = {
-    "the factor E, the number of experts, is missing":
+    "the factor E, the number of experts, is missing; or a mean stands in place of the sum over the experts":
         lambda p, ids: balance_loss(p, ids) / p.shape[1],
     "this is the mean over the experts: take the sum, and multiply it by their number E":
         lambda p, ids: balance_loss(p, ids) / p.shape[1] ** 2,

@@ -92,6 +92,7 @@ class Corpus:
         return Example(rng.choice(questions), "The question is about me.", answer)
 
     def word(self, rng: random.Random, thinking: bool) -> Example:
+        """A question about a word of the glossary, or about two."""
         wanted = rng.choices(["what", "explain", "why", "difference", "why_in", "other"], [26, 17, 24, 17, 6, 10])[0]
         phrasing, x, y = loosely(rng.choice(phrasings()[wanted]), rng), *rng.sample(entries(), 2)
         question = ask(phrasing, spell(x, rng), spell(y, rng))
@@ -105,6 +106,7 @@ class Corpus:
         return Example(question, f"The word is {x.names[0]}. The question is {sought}.", answer)
 
     def unknown(self, rng: random.Random, thinking: bool) -> Example:
+        """A question about something that is not in the glossary, and is to be declined."""
         kind, thought = rng.random(), "I was not taught that."
         thing = rng.choice(unknown_things()[0]) if rng.random() < 0.6 else rng.choice([invented_word, crossed])(rng)
         thing = misspelled(thing, rng)

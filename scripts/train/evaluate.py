@@ -116,7 +116,8 @@ def evaluate(package: str, folder: Path) -> dict[str, float]:
     result["says that it does not know, held-out things"] = examinee.share(unknown, False)
     mixed = [question for question, _ in held_out_sums(3, 40)]
     mixed += [item["question"] for item in exam if item["kind"] in WORDS]
-    return result | least_used_expert(examinee, mixed) | accepted_drafts(examinee, mixed[::4])
+    # One after the other, which takes long: every third of them for the experts, every twelfth for the drafts.
+    return result | least_used_expert(examinee, mixed[::3]) | accepted_drafts(examinee, mixed[::12])
 
 
 def least_used_expert(examinee: Examinee, asked: list[str]) -> dict[str, float]:
@@ -137,6 +138,7 @@ def least_used_expert(examinee: Examinee, asked: list[str]) -> dict[str, float]:
 
 
 def accepted_drafts(examinee: Examinee, asked: list[str]) -> dict[str, float]:
+    """What -> the share of drafts that were kept, with thinking and without; {} for other packages."""
     if examinee.package != "deepseek_v3":
         return {}
     shares = {}

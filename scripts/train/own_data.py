@@ -38,6 +38,7 @@ def read_data(path: Path) -> list[Conversation] | str:
 
 
 def conversation(line: str, where: str) -> Conversation:
+    """One line of a JSONL file. Raises ValueError that begins with `where`."""
     try:
         item = json.loads(line)
     except ValueError as error:

@@ -39,6 +39,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_losses(path: Path) -> list[float]:
+    """A JSON list of losses, one a step. Raises FileNotFoundError or ValueError."""
     try:
         losses = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

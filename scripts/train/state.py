@@ -41,6 +41,7 @@ def read_notes(folder: Path) -> dict | None:
 
 
 def load_state(training: Training, folder: Path) -> None:
+    """Take weights, optimizers and the step's number from a folder where a run was stopped."""
     with safe_open(folder / NAME, framework="pt") as file, torch.no_grad():
         training.step = json.loads(file.metadata()["notes"])["step"]
         for name, p in trained(training.model).items():

@@ -178,6 +178,7 @@ def cost(seen: Recorder) -> dict:
 
 
 def weights(seen: Recorder) -> list:
+    """Part of the model, its bytes, and the bytes that one token reads of it."""
     config, out = seen.model.config, {}
     for name, weight in seen.model.named_parameters():
         part = ("draft layer" if name.startswith(f"model.layers.{config.num_hidden_layers}.") else

@@ -6,6 +6,7 @@ import torch
 
 from qwen3.layers import attention_mask
 
+from . import measure_deepseek_v3, measure_qwen3, measure_qwen3_moe
 from .__main__ import parse
 from .pack import Words, small_numbers, visible
 from .run import Program, one_run, record
@@ -115,6 +116,7 @@ def measure_drafting() -> dict:
 
 
 def drafted_run(seed: int) -> tuple[list[dict], list[str]]:
+    """A speculative run: its steps (slots, what was read, whether the draft was kept) and its tokens as text."""
     own, rest = parse(["-m", "DeepSeek-V3-Tiny", "-p", GLOSSARY, "--dtype", "float32", "--speculative",
                        "-t", "3", "-n", "24", "--seed", str(seed)])
     program = Program(own, rest)
@@ -157,3 +159,4 @@ def measure_mask() -> dict:
 
 MEASURE = {"attention": measure_attention, "lens": measure_lens, "clocks": measure_clocks, "yarn": measure_yarn,
            "experts": measure_experts, "cache": measure_cache, "drafting": measure_drafting, "mask": measure_mask}
+MEASURE |= measure_qwen3.MEASURE | measure_qwen3_moe.MEASURE | measure_deepseek_v3.MEASURE

@@ -5,8 +5,8 @@ SAME = {"lens": ("The model", "model.py"), "attention": ("Attention", "layers.py
         "choice": ("Generation", "generate.py")}
 SECTIONS = {
     "qwen3": SAME | {"cost": ("What it costs", "layers.py")},
-    "qwen3_moe": SAME | {"experts": ("The router", "moe.py"),
-                         "cost": ("What it costs, and a model larger than memory", "moe.py")},
+    "qwen3_moe": {panel: ("The dense transformer in two pages", file) for panel, (_, file) in SAME.items()} | {
+        "experts": ("The router", "moe.py"), "cost": ("What it costs, and a model larger than memory", "moe.py")},
     "deepseek_v3": SAME | {"attention": ("Multi-head latent attention", "mla.py"),
                            "rope": ("YaRN, and the scale of the scores", "yarn.py"),
                            "experts": ("The router", "moe.py"), "cache": ("Absorption", "mla.py"),

@@ -8,8 +8,10 @@ import json
 import sys
 from pathlib import Path
 
-from .drawings import DRAW
+from . import drawings, lesson_deepseek_v3, lesson_qwen3, lesson_qwen3_moe, lesson_root
 
+DRAW = (drawings.DRAW | lesson_qwen3.DRAW | lesson_qwen3_moe.DRAW | lesson_deepseek_v3.DRAW
+        | lesson_root.DRAW)
 FOLDER = Path(__file__).parent / "pictures"
 NUMBERS = FOLDER / "numbers.json"
 LARGEST = 60_000  # bytes of a picture
@@ -39,16 +41,22 @@ def keep(name: str, found: dict) -> None:
     NUMBERS.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
+def measures() -> dict:
+    """Picture -> the run that gives its numbers. Called after parse, so that --help does not wait for torch."""
+    from . import examples, measure_root
+
+    return examples.MEASURE | measure_root.MEASURE
+
+
 def main(words: list[str] | None = None) -> int:
     arguments = parse(words)
     names = arguments.pictures or list(DRAW)
     try:
         if not arguments.draw:
-            from .examples import MEASURE  # after parse, so that --help does not wait for torch
-
+            measure = measures()
             for name in names:
                 print(f"{name}:", flush=True)
-                keep(name, MEASURE[name]())
+                keep(name, measure[name]())
         numbers = read_numbers()
         missing = [name for name in arguments.pictures if name not in numbers]
         if missing:

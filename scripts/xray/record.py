@@ -99,6 +99,7 @@ class Recorder(Listener):
         self.after(body, lambda *_: self.end_pass())
 
     def listen_to_layer(self, i: int, layer: torch.nn.Module) -> None:
+        """Hooks on the parts of layer i, for what they give and how long they take."""
         attention, mlp = layer.self_attn, layer.mlp
         if i == 0:
             self.before(attention, lambda x, cos, sin, *_: self.keep_turns(cos, sin))
@@ -120,6 +121,7 @@ class Recorder(Listener):
     # -- what is kept -------------------------------------------------------------------------------------------------
 
     def begin_pass(self, token_ids: Tensor, cache=None, *_) -> None:
+        """A forward pass begins: which of its tokens are wanted, and a row for each."""
         ids = token_ids[0].tolist()
         self.first, before = cache.length if cache is not None else 0, self.end
         self.end, self.inside, self.cache = self.first + len(ids), True, cache

@@ -139,6 +139,7 @@ def page_data(program: Program, recordings: Sequence[Recording], meta: dict) -> 
 
 
 def one_run(program: Program, words: Words, whole: Recording, one: Recording) -> dict:
+    """What the page needs of one recording; `whole` is the run without anything switched off."""
     generate, first = program.module("generate"), one is whole
     run = run_data(one.seen, generate, words, one.ids, one.prompt, program.conversation.sampling, full=first)
     run |= {"question": visible(one.question[:2000]), "answer": visible(one.answer)}

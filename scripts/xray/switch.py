@@ -21,6 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Part:
+    """What can be switched off: a head, an expert, or the right pairs of RoPE."""
     kind: str  # "head", "expert" or "wrong rope"
     layer: int = 0
     number: int = 0
@@ -61,6 +62,7 @@ def count_experts(config, layer: int) -> int:
 
 @contextmanager
 def switched(model: torch.nn.Module, parts: Sequence[Part]) -> Iterator[None]:
+    """A context in which these parts of the model are off. Raises ValueError for a part that is not there."""
     with ExitStack() as stack:
         for part in parts:
             check_part(part, model.config)

@@ -34,6 +34,7 @@ def hardest(run: dict) -> int:
 
 
 def lens(data: dict, run: dict, around: int, width: int) -> str:
+    """The logit lens as text: a row for each layer, a column for each token around row `around`."""
     columns = max(1, (width - 12) // 11)
     steps = range(len(run["steps"]))
     steps = steps[max(0, min(around - columns // 2, len(steps) - columns)):][:columns]
