@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from scripts import quantize
+from scripts.quantize import __main__ as quantize
 from tests.packages import PACKAGES, module
 from tests.packed import CONFIGS, WIDTHS
 from tests.seeded import shapes_of, write_checkpoint

@@ -14,7 +14,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINTS = ROOT / "checkpoints"
 MODEL_TYPES = {"qwen3": "qwen3", "qwen3_moe": "qwen3_moe", "qwen2_moe": "qwen3_moe"}  # all others: deepseek_v3
 SHARD = 2**29  # bytes of a file at most, unless one tensor is larger: so much is held in memory
@@ -121,6 +121,7 @@ class Quantizer:
         return self.quantized.dequantize(weight, scale, self.quantized.torch.float32, block)
 
     def run(self) -> None:
+        """Write what is not written yet, file by file; config.json comes last, and makes it a checkpoint."""
         from safetensors.torch import save_file
 
         shards, done, weight_map = self.shards(), 0, {}
@@ -151,6 +152,7 @@ class Quantizer:
         write(self.output / "config.json", self.new_config())  # last: now it is a checkpoint
 
     def new_config(self) -> dict:
+        """The source's config.json with the quantization_config of compressed-tensors, which names what stays."""
         config = json.loads((self.source / "config.json").read_text("utf-8"))
         config["tie_word_embeddings"] = self.config.tie_word_embeddings and not self.head
         if "num_nextn_predict_layers" in config:  # a draft layer that is not as it should be was left out
@@ -199,6 +201,7 @@ def begin(output: Path, asked: dict) -> bool:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """ValueError or FileNotFoundError for what cannot be read, rounded or written."""
     if arguments.group < 8 or arguments.group % 8:
         raise ValueError(f"--group {arguments.group}: expected a multiple of 8")
     source, package = find_source(arguments.model)
