@@ -3,7 +3,7 @@
     W[o, i] = scale[o, g] * (q[o, i] - zero[o, g])        g = i // group: neighbours in a row share scale and zero
 
     by hand, four bits, group = 8, zero = 8:
-        W            0.31  -0.70   0.12   0.05  -0.24   0.55  -0.08   0.40
+        W            0.31  -0.70   0.12   0.06  -0.24   0.56  -0.08   0.40
         scale        0.1                                                          0.70 / 7
         q              11      1      9      9      6     14      7     12      round(W / scale) + zero, in 0…15
         scale (q-8)   0.3   -0.7    0.1    0.1   -0.2    0.6   -0.1    0.4      off by at most scale / 2
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .fast import matmul
 
-FEW = 32  # rows up to which the kernel is faster than dequantising; it takes four at a time
+FEW = 32  # rows of x up to which the kernel is faster than dequantising; it computes four at a time
 GROUPS = (256, 128, 64, 32)  # that the kernel knows
 PIECE = 2**20  # weights that are dequantised at a time: 2 MB in bfloat16, which a processor's cache holds
 
@@ -62,7 +62,7 @@ def layout() -> tuple[int, int] | None:
 
     A block of rows is stored column by column. A byte holds rows j and j + block/2 (axis -2), or 2j and 2j + 1 (-1).
     """
-    q = torch.arange(64 * 32).view(64, 32) * 7 % 16  # neighbours of all kinds
+    q = torch.arange(64 * 32).view(64, 32) * 7 % 16  # any values: the order that gives the kernel's bytes is its order
     try:
         wanted = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1).flatten()
     except (AttributeError, RuntimeError):  # this PyTorch has none
@@ -99,7 +99,7 @@ class Packed(NamedTuple):
     axis: int  # of `nibbles`
     order: Tensor | None  # of the columns
     kernel: tuple[int, Tensor] | None  # for PyTorch's kernel: its group, and scales and offsets (G, O, 2) or (O,)
-    lost: Tensor | None = None  # (G, O), what rounding to bfloat16 took from the offsets
+    lost: Tensor | None = None  # (G, O), what rounding to bfloat16 took from the offsets; None without zero points
 
     def matmul(self, x: Tensor) -> Tensor:
         """x (n, I) -> x W^T (n, O)."""
@@ -112,7 +112,7 @@ class Packed(NamedTuple):
             return torch.ops.aten._weight_int8pack_mm(x, self.values, scales)
         values = self.values.view(scales.shape[1], -1)  # (O, I / 2)
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, values, group, scales)
-        if self.lost is not None:  # the same for a whole group: where x has a mean, it would add up
+        if self.lost is not None:  # one error for all columns of a group: it would add up where x has a mean
             y = torch.addmm(y, x.unflatten(1, (-1, self.group)).sum(-1), self.lost)
         return y[:, :self.rows]
 
@@ -133,11 +133,14 @@ class Packed(NamedTuple):
                 t[:, rows].unflatten(1, (-1, 1, 2 * half)).transpose(0, 1) if isinstance(t, Tensor) else t
                 for t in (self.scale, 8 if self.zero is None else self.zero))
             W = times(q - zero, scale, dtype)
-            yield W.permute(1, 2, 0, 3).reshape(I, -1).T  # column by column: blocks are copied whole, not turned
+            yield W.permute(1, 2, 0, 3).reshape(I, -1).T  # in memory column by column, as in the blocks: a fast copy
 
 
 def pack(integers: Integers) -> Packed | None:
-    """The form to compute with; None where a group is not whole."""
+    """The form to compute with; None where a group is not whole.
+
+    PyTorch's kernel knows no zero points but 8 and an offset beside it: scale (q - zero) = scale (q - 8) + offset.
+    """
     integers, order = integers.sorted_by_group()
     values, scale, zero, group, group_of = integers
     O, I = values.shape
@@ -159,7 +162,7 @@ def pack(integers: Integers) -> Packed | None:
         scales = torch.stack((scale, torch.zeros_like(scale)), -1).bfloat16()
         if zero is not None:
             offset = (8 - zero) * scale.float()
-            scales[..., 1] = offset
+            scales[..., 1] = offset  # rounded to bfloat16
             lost = (offset - scales[..., 1]).bfloat16()
         kernel = size, scales.repeat_interleave(group // size, 0) if group > size else scales
         if group == size and scale.dtype == torch.bfloat16:
