@@ -111,7 +111,7 @@ def test_errors_and_losses_come_out_again():
                 for numbers in (made, NUMBERS["errors"])]
         assert torch.allclose(*flat, rtol=1e-3)
     for package, lines in MODELS.items():
-        for bits in (4, 3):
+        for bits in (4, 3) if package == "qwen3" else (3,):
             one = measure.examinee(package, bits)
             assert abs(measure.loss(one.model, one.tokenizer) / lines[str(bits)]["loss"] - 1) < 0.05
 
