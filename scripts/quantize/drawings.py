@@ -42,9 +42,9 @@ def draw_outlier(numbers: dict) -> str:
             picture.line([(place(weight), height - 22), (place(scale * q), height)], f"{color} thin")
             picture.dot(place(weight), height - 22, color)
         x = place(0.95)
-        picture.text(x, height - 22 if words else height - 14, f"scale {scale:g}" + (f": {words}" if words else
+        picture.text(x, height - 28 if words else height - 14, f"scale {scale:g}" + (f": {words}" if words else
                      ": eight weights, and the 16 values that four bits have"), f"{color} label")
-        picture.text(x, height - 6 if words else height + 4, f"error of the seven: {found['error']:.3f}", "soft")
+        picture.text(x, height - 12 if words else height + 4, f"error of the seven: {found['error']:.3f}", "soft")
         said.append(f"With the largest weight {max(map(abs, weights)):g} the scale is {scale:g}, the integers are "
                     f"{', '.join(map(str, found['q']))}, and the root mean square error of the seven weights "
                     f"{', '.join(map(str, small))} is {found['error']:.3f}.")
