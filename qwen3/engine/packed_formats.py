@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from .int4 import GROUPS, Integers, nibbles
+from .int4 import GROUPS, Integers, look_up
 from .integer_linear import IntegerLinear
 from .quantized import FP8Linear
 from .safetensors_reader import CheckpointFiles, TensorInfo
@@ -35,8 +35,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     """(…, n) int32 -> (…, count) uint8, the values of a word from the lowest bits on."""
-    data = words.contiguous().view(torch.uint8)
-    return (nibbles(data) if bits == 4 else data)[..., :count]
+    data = words.contiguous().flatten().view(torch.uint8)
+    return (look_up(data, -1, torch.uint8) if bits == 4 else data).view(*words.shape[:-1], -1)[..., :count]
 
 
 def middle(values: Tensor, bits: int) -> Tensor:
@@ -134,11 +134,12 @@ class AWQLinear(IntegerLinear):
         return cls(shape, group_size(shape[1], len(tensors["scales"]), config), **tensors)
 
     def integers(self) -> Integers:
-        # The values 0, 1, 2, … of a word stand at its places 0, 4, 1, 5, 2, 6, 3, 7.
-        values, zero = (unpack(words, 4, 8 * words.shape[1]).unflatten(-1, (-1, 2, 4)).mT.flatten(-3)
-                        for words in (self.qweight, self.qzeros))
+        # The values 0, 1, 2, … of a word stand at its places 0, 4, 1, 5, 2, 6, 3, 7. Words are turned before they are
+        # unpacked: an eighth of the elements.
+        values, zero = (torch.stack([(words >> 4 * place & 15).byte() for place in (0, 4, 1, 5, 2, 6, 3, 7)], 1)
+                        .flatten(0, 1) for words in (self.qweight.T.contiguous(), self.qzeros.T))
         O = self.shape[0]
-        return Integers(values[:, :O].T, self.scales.T, zero[:, :O].T, self.group)
+        return Integers(values[:O], self.scales.T, zero[:O], self.group)
 
 
 class GPTQLinear(IntegerLinear):
@@ -168,9 +169,9 @@ class GPTQLinear(IntegerLinear):
     def integers(self) -> Integers:
         O, I = self.shape
         bits = 8 if self.qweight.shape[0] == -(-I // 4) else 4
-        words = unpack(self.qweight[..., None], bits, 32 // bits)  # (I/p, O, p)
+        values = unpack(self.qweight.T, bits, I)  # words are turned first: an eighth of the elements
         zero = unpack(self.qzeros, bits, O) + self.zeros_are_less & 2**bits - 1  # as AutoGPTQ: 15 + 1 is 0
-        values, g_idx = words.transpose(0, 1).flatten(1)[:, :I], groups_of(self, "g_idx", len(zero))
+        g_idx = groups_of(self, "g_idx", len(zero))
         return Integers(middle(values, bits), self.scales.T, middle(zero, bits).T, self.group, g_idx)
 
 
