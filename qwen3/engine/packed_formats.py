@@ -164,6 +164,7 @@ class GPTQLinear(IntegerLinear):
 
     @staticmethod
     def layout(files: CheckpointFiles, name: str, shape: tuple[int, int], config: Config) -> Layout | None:
+        """With p values a word, as the rows of qweight tell."""
         if config.quantization == "awq":
             return None
         found = find(files, name, "qweight", config, "gptq", "gptq_v2")
@@ -195,6 +196,7 @@ class CompressedLinear(IntegerLinear):
 
     @staticmethod
     def layout(files: CheckpointFiles, name: str, shape: tuple[int, int], config: Config) -> Layout | None:
+        """With p values a word, as the columns of weight_packed tell."""
         found = find(files, name, "weight_packed", config, "compressed-tensors")
         if found is None:
             return None

@@ -52,7 +52,7 @@ class Shares:
         self.config, self.files, self.place, self.shapes = config, files, place or here(), shapes or {}
         self.heads, whole = (share_heads(config, each) for each in (self.place, Place(0, 1)))
         self.sizes = {kind: end for kind, (_, end) in whole.items()}
-        self.layout, self.part = functools.cache(self.layout), functools.cache(self.part)
+        self.shape, self.layout, self.part = map(functools.cache, (self.shape, self.layout, self.part))
 
     def of(self, name: str) -> Share:
         """That of a tensor that is stored."""
@@ -70,14 +70,13 @@ class Shares:
 
     def shape(self, linear: str) -> tuple[int, int]:
         """Of the whole W."""
-        if known := self.shapes.get(linear) or packed_shape(self.files, linear):
-            return known
         weight = self.files.tensors.get(f"{linear}.weight")
-        if weight is None:
+        shape = self.shapes.get(linear) or (weight.shape if weight else packed_shape(self.files, linear))
+        if shape is None:
             raise ValueError(f"{self.files.directory}: {linear}.weight is missing from the checkpoint")
-        if len(weight.shape) != 2:
-            raise ValueError(f"{weight.path}: {linear}.weight has {len(weight.shape)} dimensions, a matrix has 2")
-        return weight.shape
+        if len(shape) != 2:
+            raise ValueError(f"{weight.path}: {linear}.weight has {len(shape)} dimensions, a matrix has 2")
+        return shape
 
     def layout(self, linear: str) -> dict[str, Axes]:
         """How the whole W is stored."""
@@ -95,14 +94,16 @@ class Shares:
     def part(self, linear: str) -> tuple[int, int, int]:
         """(First, end) of a rank's rows or columns of W, and how many there are."""
         prefix, _, kind = linear.rpartition(".")
+        if kind == "up_proj" or kind == "down_proj":  # what gate_proj has rows of
+            return self.part(f"{prefix}.gate_proj")
         if kind in self.heads:
             if (unit := self.unit(linear)) > 1 and not self.fit(kind, unit, self.place.ranks):
                 raise ValueError(f"{self.place.ranks} processes would cut {kind} within {unit} "
                                  f"{'columns' if kind in BY_COLUMNS else 'rows'} that share a scale or a word; start "
                                  f"{self.largest_fit()}")
             return *self.heads[kind], self.sizes[kind]
-        together = [f"{prefix}.{each}" for each in WIDTHS] if kind in WIDTHS else [linear]  # what gate has, down has
-        size, unit = self.shape(together[0])[0], math.lcm(*map(self.unit, together))
+        together = [f"{prefix}.{each}" for each in WIDTHS] if kind in WIDTHS else [linear]
+        size, unit = self.shape(linear)[0], math.lcm(*map(self.unit, together))
         if kind in WIDTHS and any(map(self.is_packed, together)):
             unit = math.lcm(unit, min(GROUPS))  # PyTorch's kernels want so many columns
             unit = size if 0 < size % unit <= 4 else unit  # the word of so short a rest may have four bits or eight
