@@ -431,7 +431,7 @@ def test_shares_of_packed_weights_are_shares_of_the_matrix(tmp_path, package, re
             assert shares.count_weights(name) == math.prod(shape)
             assert torch.equal(part(torch.eye(shape[1])).T, W := part.matrix(torch.float32))
             x = seeded_tensor("x", (1, shape[1]), 1.0).bfloat16()  # by PyTorch's kernel, whatever the rows are
-            assert torch.allclose(part(x).float(), x.float() @ W.T, rtol=0.01, atol=0.03)
+            assert torch.allclose(part(x).float(), x.float() @ W.T, rtol=0.01, atol=0.02)
             return part
 
         whole, edges = part_of(alone, shape), [0]

@@ -156,7 +156,7 @@ def pack(integers: Integers) -> Packed | None:
     zero = None if bool((zero == middle).all()) else zero.view(torch.int8)
     if bits == 8:
         is_known = group == I and zero is None and I % 32 == 0  # PyTorch checks none of it and reads beyond the end
-        kernel = (group, scale[:, 0].bfloat16()) if is_known else None
+        kernel = (group, scale[:, 0].bfloat16().contiguous()) if is_known else None
         return Packed(values.contiguous(), scale.contiguous(), zero, O, group, 0, order, kernel)
     (block, axis), kernel, lost = layout() or (64, -2), None, None
     if O % block:

@@ -73,7 +73,8 @@ class Shares:
         weight = self.files.tensors.get(f"{linear}.weight")
         shape = self.shapes.get(linear) or (weight.shape if weight else packed_shape(self.files, linear))
         if shape is None:
-            raise ValueError(f"{self.files.directory}: {linear}.weight is missing from the checkpoint")
+            raise ValueError(f"{self.files.directory}: {linear} lacks its weight, or a part of what that is stored as; "
+                             "download the checkpoint again")
         if len(shape) != 2:
             raise ValueError(f"{weight.path}: {linear}.weight has {len(shape)} dimensions, a matrix has 2")
         return shape
