@@ -125,12 +125,13 @@ def is_packed(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def write(folder: Path, package: str, release: str, plain: bool = False, torch_dtype: str = "float32",
-          only: str = "", **changes: object) -> Path:
+          only: str = "", head: bool = False, **changes: object) -> Path:
     """A small checkpoint of that format, or of what its numbers mean."""
     store, how, quantization = RELEASES[release]
     config = CONFIGS[package](**WIDTHS[package] | {"tie_word_embeddings": False, "torch_dtype": torch_dtype} | changes)
     tensors, shapes = {}, shapes_of(config)
-    for name in [name for name, shape in shapes.items() if is_packed(name, shape) and only in name]:
+    packed_names = [name for name, shape in shapes.items() if is_packed(name, shape) and only in name]
+    for name in packed_names + ["lm_head.weight"] * head:
         shape = shapes.pop(name)
         packed, meant = store(name, shape, **how | {"group": how.get("group", 32) or shape[1]})
         stored = {"weight": meant.to(getattr(torch, torch_dtype))} if plain else packed

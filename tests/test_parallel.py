@@ -18,9 +18,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests import packed
 from tests.packages import PACKAGES, module, stack_on_the_cpu, without_compiler
 from tests.ranks import run_on
-from tests.seeded import CASES, LONG_PROMPT, PROMPT, shapes_of, write_case, write_checkpoint
+from tests.seeded import CASES, LONG_PROMPT, PROMPT, seeded_tensor, shapes_of, write_case, write_checkpoint
 
 HERE = Path(__file__).parent
 # Few for every day: uneven heads, one key head, a tied and an untied head, shared experts, drafts.
@@ -109,9 +110,27 @@ def fp8(folder: Path, packages) -> list[tuple[str, str]]:
     return made
 
 
+def write_packed(folder: Path, package: str, releases) -> list[tuple[str, str]]:
+    """In words of four or eight bits: two ranks share 96 columns as 32 and 64, and the 32 of an expert as 0 and 32."""
+    return [(package, str(packed.write(folder / f"{package}, {release}", package, release, head=True)))
+            for release in releases]
+
+
 @pytest.mark.ahead
 def test_two_ranks_compute_what_one_process_does(tmp_path):
-    assert compare(2, cases(tmp_path, PACKAGES, FEW) + fp8(tmp_path, ["qwen3"])) == 7
+    some = cases(tmp_path, PACKAGES, FEW) + fp8(tmp_path, ["qwen3"])
+    assert compare(2, some + write_packed(tmp_path, "qwen3", ["gptq, desc_act"])) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.ahead
+def test_two_ranks_share_weights_of_four_and_eight_bits(tmp_path):
+    """The head is packed too; and one is expanded once."""
+    some = {"qwen3": ["awq", "awq, whole columns", "gptq", "gptq v2", "gptq, 8 bits, whole columns",
+                      "compressed, 8 bits", "compressed, act order"],
+            "qwen3_moe": ["awq", "gptq, 8 bits, desc_act"], "deepseek_v3": ["gptq", "compressed, zero points"]}
+    checkpoints = [one for package in some for one in write_packed(tmp_path, package, some[package])]
+    assert compare(2, checkpoints + [(*checkpoints[-1], "float32")]) == 12
 
 
 def random_checkpoint(folder: Path, package: str, number: int) -> Path:
@@ -325,7 +344,9 @@ def as_stored(package: str, entry: dict) -> SimpleNamespace:
 
 def config_of(entry: dict) -> SimpleNamespace:
     """The fields that shares are made by."""
-    return SimpleNamespace(**{"head_dim": 0, "qk_nope_head_dim": 0, "weight_block_size": (128, 128)} | entry)
+    quantization = "fp8" if entry.get("quantization_config") else None
+    return SimpleNamespace(**{"head_dim": 0, "qk_nope_head_dim": 0, "weight_block_size": (128, 128),
+                              "quantization": quantization} | entry)
 
 
 @pytest.mark.parametrize("package, name, entry", published(), ids=lambda value: value if isinstance(value, str) else "")
@@ -387,6 +408,116 @@ def test_so_many_ranks_can_share_it(package, name, allowed):
         except ValueError:
             pass
     assert found == allowed
+
+
+@pytest.mark.parametrize("package, release", [("qwen3", release) for release in packed.RELEASES] + [
+    ("deepseek_v3", "awq"), ("qwen3_moe", "compressed, zero points")])
+def test_shares_of_packed_weights_are_shares_of_the_matrix(tmp_path, package, release):
+    """Of every rank: what it makes of its rows or columns of each tensor are those of W, and all are there once."""
+    prepare, Shares = module(package, "engine.prepare"), module(package, "engine.shares").Shares
+    config, files = prepare.read_checkpoint(packed.write(tmp_path, package, release, only="layers.1", head=True))
+    alone, *ranks = (Shares(config, files, module(package, "engine.parallel").Place(*place))
+                     for place in ((0, 1), (0, 2), (1, 2)))
+    words = {name.rpartition(".")[0]: name for name in files.tensors if name.endswith(("qweight", "weight_packed"))}
+    for linear, name in words.items():
+        shape, axis = alone.shape(linear), int(linear.endswith(("o_proj", "down_proj")))
+        format = next(each for each in prepare.FORMATS if each.layout(files, linear, shape, config))
+
+        def part_of(shares, shape) -> torch.nn.Module:
+            tensors = {leaf: shares.cut(f"{linear}.{leaf}", files.read(f"{linear}.{leaf}"))
+                       for leaf in alone.layout(linear)}
+            assert all(tensor.numel() == shares.count(f"{linear}.{leaf}") for leaf, tensor in tensors.items())
+            part = format.make(config, shape, **tensors)
+            assert shares.count_weights(name) == math.prod(shape)
+            assert torch.equal(part(torch.eye(shape[1])).T, W := part.matrix(torch.float32))
+            x = seeded_tensor("x", (1, shape[1]), 1.0).bfloat16()  # by PyTorch's kernel, whatever the rows are
+            assert torch.allclose(part(x).float(), x.float() @ W.T, rtol=0.01, atol=0.02)
+            return part
+
+        whole, edges = part_of(alone, shape), [0]
+        for shares in ranks if ranks[0].is_cut(linear) else ():
+            first, end, size = shares.part(linear)
+            assert size == shape[axis] and first == edges[-1]
+            edges.append(end)
+            own = part_of(shares, (end - first, shape[1]) if axis == 0 else (shape[0], end - first))
+            assert torch.equal(own.matrix(torch.float32), whole.matrix(torch.float32).narrow(axis, first, end - first))
+            out_of_order = axis == 1 and ("desc_act" in release or "act order" in release)
+            assert own.packed or not whole.packed or first == end or out_of_order
+        assert edges == [0] or len(edges) == 3 and edges[-1] == shape[axis]
+
+
+PLAIN = lambda name, shape: ({"weight": torch.empty(shape)}, None)  # noqa: E731
+BLOCKS = lambda name, shape: ({"weight": torch.empty(shape).to(torch.float8_e4m3fn), "weight_scale_inv":  # noqa: E731
+                               torch.empty([math.ceil(size / 128) for size in shape])}, None)
+
+
+@pytest.mark.parametrize("F, up, down, more, edges", [
+    (96, packed.awq, PLAIN, {}, [0, 32, 96]),  # words of 8 rows, but the kernels want 32 columns of a down_proj
+    (192, PLAIN, packed.gptq, {"group": 64}, [0, 64, 192]),
+    (192, packed.gptq, packed.gptq, {"group": 64, "desc_act": True}, [0, 96, 192]),
+    (96, packed.compressed, packed.compressed, {"group": 48}, [0, 0, 96]),
+    (104, packed.compressed, packed.compressed, {"group": 104, "bits": 8}, [0, 64, 104]),
+    (98, packed.compressed, packed.compressed, {"group": 98}, [0, 0, 98]),  # two columns alone might be of eight bits
+    (300, BLOCKS, PLAIN, {}, [0, 128, 300]), (99, PLAIN, PLAIN, {}, [0, 49, 99])])
+def test_what_gate_and_up_have_down_has(F, up, down, more, edges):
+    """Shares are whole units of all three, however each is stored."""
+    tensors = {}
+    for kind, shape, store in (("gate", (F, 40), up), ("up", (F, 40), up), ("down", (40, F), down)):
+        how = {} if store in (PLAIN, BLOCKS) else more | {"group": 40} if kind != "down" else more
+        tensors |= {f"mlp.{kind}_proj.{leaf}": tensor for leaf, tensor in store(kind, shape, **how)[0].items()}
+    quantization = {packed.awq: "awq", packed.gptq: "gptq", packed.compressed: "compressed-tensors", BLOCKS: "fp8"}
+    config = SimpleNamespace(num_attention_heads=2, num_key_value_heads=2, head_dim=8, weight_block_size=None,
+                             quantization=quantization.get(up, quantization.get(down)))
+    info = module("qwen3", "engine.safetensors_reader").TensorInfo
+    files = SimpleNamespace(read=tensors.get, directory="x", tensors={
+        name: info("x", tuple(tensor.shape), tensor.dtype, 0, 0) for name, tensor in tensors.items()})
+    Shares, Place = module("qwen3", "engine.shares").Shares, module("qwen3", "engine.parallel").Place
+    for rank in range(2):
+        shares = Shares(config, files, Place(rank, 2))
+        assert {shares.part(f"mlp.{kind}_proj") for kind in ("gate", "up", "down")} == {(*edges[rank:rank + 2], F)}
+
+
+@pytest.mark.parametrize("release, head_dim, kind, within", [
+    ("gptq", 8, "o_proj", "32 columns"), ("awq", 4, "k_proj", "8 rows")])
+def test_heads_that_would_cut_a_group_or_a_word_are_refused(tmp_path, release, head_dim, kind, within):
+    """Before loading, and with the number of processes that fit all matrices."""
+    read_checkpoint, Shares = module("qwen3", "engine.prepare").read_checkpoint, module("qwen3", "engine.shares").Shares
+    config, files = read_checkpoint(packed.write(
+        tmp_path, "qwen3", release, num_attention_heads=8, num_key_value_heads=4, head_dim=head_dim, only=kind))
+    two, four = (Shares(config, files, module("qwen3", "engine.parallel").Place(0, ranks)) for ranks in (2, 4))
+    name = next(name for name in files.tensors if kind in name and name.endswith("qweight"))
+    assert two.of(name).end * 2 == two.of(name).size
+    with pytest.raises(ValueError) as error:
+        four.of(name)
+    assert str(error.value) == f"4 processes would cut {kind} within {within} that share a scale or a word; start 2"
+    assert is_refusal(str(error.value))
+
+
+def test_several_processes_round_nothing_in_memory(tmp_path, one_of):
+    weights, folder = module("qwen3", "weights"), write_case(tmp_path, "qwen3", "grouped")
+    one_of("qwen3", 0, 2, 0, 2)
+    for ask in (weights.bytes_in_memory, weights.load_model):
+        with pytest.raises(ValueError, match="--dtype int8 rounds whole matrices, of which 2 processes have shares; "):
+            ask(folder, dtype="int8")
+
+
+def test_processes_of_a_machine_share_what_packed_experts_may_take(tmp_path, monkeypatch, one_of):
+    prepare = module("qwen3_moe", "engine.prepare")
+    model = module("qwen3_moe", "weights").load_model(packed.write(tmp_path, "qwen3_moe", "awq", only="experts"))
+    monkeypatch.setattr(prepare, "free_memory", lambda device: 24_000)
+    one_of("qwen3_moe", 1, 4, 1, 2)
+    prepare.bound_experts(model, torch.device("cpu"))
+    assert {part.budget.most for part in model.modules() if getattr(part, "budget", None)} == {9_000}
+
+
+def test_columns_of_all_groups_on_every_process_are_said_to_be_slow(tmp_path, one_of):
+    read_checkpoint = module("qwen3", "engine.prepare").read_checkpoint
+    for release in ("gptq", "gptq, desc_act"):
+        folder = packed.write(tmp_path / release, "qwen3", release, only="down_proj")
+        for ranks in (1, 2):
+            one_of("qwen3", 0, ranks, 0, ranks)
+            said = "each process has columns of all groups" in " ".join(read_checkpoint(folder)[0].notes)
+            assert said == ("desc_act" in release and ranks == 2)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")

@@ -20,7 +20,7 @@ from .parts import FASTER, KEPT_IN_FLOAT32, correct, count_parts, stack_experts
 from .integer_linear import Budget, IntegerLinear
 from .memory import free_memory
 from .packed_formats import FORMATS, CompressedLinear, suit_kernel
-from .processes import ranks
+from .processes import on_this_machine, ranks
 from .quantized import FP8, QuantizedLinear
 from .rounding import BITS, GROUP, is_rounded, packed_tensors
 from .safetensors_reader import CheckpointFiles, is_copy, read_header
@@ -66,6 +66,9 @@ def compute_dtype(config: Config, files: CheckpointFiles, dtype: torch.dtype | s
     if dtype in BITS:
         if config.quantization not in (None, "fp8"):
             raise ValueError(f"{files.directory}: its weights are integers already; leave out --dtype {dtype}")
+        if ranks() > 1:
+            raise ValueError(f"--dtype {dtype} rounds whole matrices, of which {ranks()} processes have shares; write a"
+                             f" rounded checkpoint first: uv run python -m scripts.quantize NAME --bits {BITS[dtype]}")
         dtype = None
     dtype = DTYPES.get(dtype, dtype) or config.dtype
     if dtype is None:
@@ -134,11 +137,14 @@ def prepare(model: Model, files: CheckpointFiles, device: str | torch.device, dt
 
 
 def bound_experts(model: Model, device: torch.device) -> None:
-    """Packed experts may fill what is left of memory, but for a quarter: cache and activations come from it too."""
+    """Packed experts may fill what is left of memory, but for a quarter: cache and activations come from it too.
+
+    Processes of one machine share what it has.
+    """
     experts = [part for name, part in model.named_modules() if isinstance(part, IntegerLinear) and ".experts." in name]
     free = free_memory(device) if experts and device.type == "cpu" else None
     if free is not None:
-        budget = Budget(free * 3 // 4)
+        budget = Budget(free * 3 // 4 // len(on_this_machine()))
         for part in experts:
             part.budget = budget
 

@@ -18,13 +18,16 @@ from .fast import FastLinear
 from .safetensors_reader import CheckpointFiles
 
 FP8 = torch.float8_e4m3fn
-Layout = tuple[tuple[int, int], tuple[int, int], bool]  # shape of W, rows and columns with one scale, are they blocks?
+# What an axis of a stored tensor counts: rows of W, its columns, or the groups of columns that share a scale; and how
+# many rows or columns one entry is for, 0 if there is only one for all.
+ROWS, COLUMNS, COLUMN_GROUPS = range(3)
+Axes = tuple[tuple[int, int], ...]
 
 
 class QuantizedLinear(FastLinear):
     """y = x W^T with a W that `matrix(dtype)` computes from what the checkpoint stores for it.
 
-    A subclass says by `stored` which tensors it finds in a checkpoint, takes these in its constructor, and keeps them
+    A subclass says by `layout` which tensors it finds in a checkpoint, takes these in its constructor, and keeps them
     as parameters under the checkpoint's names, in their own types and without gradients.
     """
 
@@ -34,22 +37,24 @@ class QuantizedLinear(FastLinear):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     @staticmethod
-    def stored(files: CheckpointFiles, name: str, shape: tuple[int, int],
-               config: Config) -> dict[str, tuple[int, ...]] | None:
-        """What is stored for the Linear `name` with a W of `shape`: parameter -> shape; None for another format.
+    def layout(files: CheckpointFiles, name: str, shape: tuple[int, int], config: Config) -> dict[str, Axes] | None:
+        """What is stored for the Linear `name` with a W of `shape`: parameter -> its axes; None for another format.
 
-        Raises ValueError for a damaged or unannounced format.
+        Shares are cut by it (shares.py). Raises ValueError for a damaged or unannounced format.
         """
         raise NotImplementedError
 
     @classmethod
+    def stored(cls, files: CheckpointFiles, name: str, shape: tuple[int, int],
+               config: Config) -> dict[str, tuple[int, ...]] | None:
+        """The same: parameter -> its shape."""
+        layout = cls.layout(files, name, shape, config)
+        return layout and {leaf: tuple(entries(shape, *axis) for axis in axes) for leaf, axes in layout.items()}
+
+    @classmethod
     def make(cls, config: Config, shape: tuple[int, int], **tensors: Tensor) -> "QuantizedLinear":
-        """Of the tensors that `stored` names, for a W of `shape`."""
+        """Of the tensors that `layout` names, for a W of `shape`, which may be a share of the whole."""
         raise NotImplementedError
-    @staticmethod
-    def layout(files: CheckpointFiles, name: str, config: Config) -> Layout | None:
-        """How W is stored, for shares of it (shares.py); None for another format, or one that cannot be shared."""
-        return None
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) in `dtype`."""
@@ -75,9 +80,8 @@ class FP8Linear(QuantizedLinear):
         self.block = block_of(tuple(weight.shape), tuple(weight_scale_inv.shape), config.weight_block_size)
 
     @staticmethod
-    def stored(files: CheckpointFiles, name: str, shape: tuple[int, int],
-               config: Config) -> dict[str, tuple[int, ...]] | None:
-        """As QuantizedLinear.stored, for FP8 with a scale for each block, row or tensor. Raises ValueError."""
+    def layout(files: CheckpointFiles, name: str, shape: tuple[int, int], config: Config) -> dict[str, Axes] | None:
+        """As QuantizedLinear.layout, for FP8 with a scale for each block, row or tensor. Raises ValueError."""
         weight, scale = (files.tensors.get(f"{name}.{leaf}") for leaf in ("weight", "weight_scale_inv"))
         if weight is None or weight.dtype != FP8:
             return None
@@ -88,21 +92,21 @@ class FP8Linear(QuantizedLinear):
         if block is None:
             raise ValueError(f"{scale.path}: {name}.weight_scale_inv has shape {scale.shape}, no scale for each block, "
                              f"row or tensor of {shape}")
-        return {"weight": shape, "weight_scale_inv": grid_of(shape, block)}
+        if block != (config.weight_block_size or (128, 128)):  # blocks stay whole, even where there is only one
+            block = [0 if size == whole else size for size, whole in zip(block, shape)]
+        return {"weight": ((ROWS, 1), (COLUMNS, 1)), "weight_scale_inv": ((ROWS, block[0]), (COLUMNS, block[1]))}
 
     @classmethod
     def make(cls, config: Config, shape: tuple[int, int], **tensors: Tensor) -> "FP8Linear":
         return cls(config, **tensors)
-    @staticmethod
-    def layout(files: CheckpointFiles, name: str, config: Config) -> Layout | None:
-        weight, scale = (files.tensors.get(f"{name}.{leaf}") for leaf in ("weight", "weight_scale_inv"))
-        if weight is None or scale is None:
-            return None
-        block = block_of(weight.shape, scale.shape, config.weight_block_size) or weight.shape
-        return weight.shape, block, block == (config.weight_block_size or (128, 128))
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         return dequantize(self.weight, self.weight_scale_inv, dtype, self.block)
+
+
+def entries(shape: tuple[int, int], counts: int, size: int) -> int:
+    """How many entries an axis has that counts rows, columns or groups of columns of a W of `shape`."""
+    return math.ceil(shape[min(counts, COLUMNS)] / size) if size else 1
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype, block: tuple[int, int] = (128, 128)) -> Tensor:

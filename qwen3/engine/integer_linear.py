@@ -20,20 +20,23 @@ class IntegerLinear(QuantizedLinear):
     packed: Packed | bool | None = None  # made at first use, from the parameters; False: it cannot be
     budget: "Budget | None" = None
 
-    def __init__(self, shape: tuple[int, int], group: int, **tensors: Tensor):
+    def __init__(self, shape: tuple[int, int], group: int | None, **tensors: Tensor):
         super().__init__(**tensors)
-        self.shape, self.group = shape, group  # of W; columns that share a scale
+        self.shape = shape  # of W, or of a rank's share, which may be empty
+        self.group = group or 1  # columns that share a scale, unless g_idx names each column's group
 
     def integers(self) -> Integers:
         raise NotImplementedError
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
+        if 0 in self.shape:
+            return torch.empty(self.shape, dtype=dtype, device=next(self.parameters()).device)
         return self.integers().matrix(dtype)
 
     def pack(self) -> Packed | bool:
         packed = self.packed
         if packed is None:
-            packed = self.packed = pack(self.integers()) or False
+            packed = self.packed = 0 not in self.shape and pack(self.integers()) or False
         if self.budget is not None and packed:
             self.budget.use(self, packed)
         return packed

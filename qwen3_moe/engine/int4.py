@@ -48,12 +48,21 @@ class Integers(NamedTuple):
         return ((q - zero[:, group_of]) * self.scale.float()[:, group_of]).to(dtype).contiguous()
 
     def sorted_by_group(self) -> tuple["Integers", Tensor | None]:
-        """Groups of neighbours, and the order of the columns that makes them so; None: as they were."""
-        neighbours = torch.arange(self.values.shape[1]) // self.group
-        if self.group_of is None or torch.equal(self.group_of, neighbours):
+        """Groups of neighbours, and the order of the columns that makes them so; None: as they were.
+
+        Of all columns that a rank has there may be none of some groups.
+        """
+        if self.group_of is None or is_in_order(self.group_of, self.group):
             return self._replace(group_of=None), None
         order = self.group_of.argsort(stable=True)
-        return self._replace(values=self.values[:, order], group_of=self.group_of[order]), order
+        used, group_of = self.group_of[order].unique_consecutive(return_inverse=True)
+        return Integers(self.values[:, order], self.scale[:, used], self.zero[:, used], self.group, group_of), order
+
+
+def is_in_order(group_of: Tensor, group: int) -> bool:
+    """Whether the columns of each group are neighbours, and the groups one after the other."""
+    columns = torch.arange(len(group_of), dtype=group_of.dtype, device=group_of.device)
+    return torch.equal(group_of, columns // group)
 
 
 @functools.cache
@@ -174,13 +183,13 @@ def pack(integers: Integers) -> Packed | None:
     integers, order = integers.sorted_by_group()
     values, scale, zero, group, group_of = integers
     O, I = values.shape
-    if I % group or group_of is not None and not torch.equal(group_of, torch.arange(I) // group):
+    if I % group or group_of is not None and not is_in_order(group_of, group):
         return None
     bits, middle = (8, 0) if values.dtype == torch.int8 else (4, 8)
     zero = None if bool((zero == middle).all()) else zero.view(torch.int8)
     if bits == 8:
         is_known = group == I and zero is None and I % 32 == 0  # PyTorch checks none of it and reads beyond the end
-        kernel = (group, scale[:, 0].bfloat16()) if is_known else None
+        kernel = (group, scale[:, 0].bfloat16().contiguous()) if is_known else None
         return Packed(values.contiguous(), scale.contiguous(), zero, O, group, 0, order, kernel)
     (block, axis), kernel, lost = layout() or (64, -2), None, None
     if O % block:

@@ -23,14 +23,16 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from .int4 import GROUPS, Integers, look_up
+from .int4 import GROUPS, Integers, is_in_order, look_up
 from .integer_linear import IntegerLinear
-from .quantized import FP8Linear
+from .processes import ranks
+from .quantized import COLUMN_GROUPS, COLUMNS, ROWS, Axes, FP8Linear
 from .safetensors_reader import CheckpointFiles, TensorInfo
 
 WORDS, FLOATS = (torch.int32, torch.int64), (torch.bfloat16, torch.float16, torch.float32)
 LEAF = re.compile(r".+\.(qweight|qzeros|scales|g_idx|weight_(packed|scale|shape|zero_point|g_idx))")
-Shapes = dict[str, tuple[int, ...]]
+COLUMNS_IN_ORDER = re.compile(r".+\.(o|down)_proj\.(weight_)?g_idx")  # of these a rank has columns
+Layout = dict[str, Axes]
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
@@ -44,15 +46,15 @@ def middle(values: Tensor, bits: int) -> Tensor:
     return values if bits == 4 else (values ^ 128).view(torch.int8)
 
 
-def check_types(files: CheckpointFiles, name: str, shapes: Shapes) -> Shapes:
+def check_types(files: CheckpointFiles, name: str, layout: Layout) -> Layout:
     """ValueError for words that are not int32, and for scales that are no 16 or 32-bit floats."""
-    for leaf in shapes:
+    for leaf in layout:
         found = files.tensors.get(f"{name}.{leaf}")
         known = FLOATS if "scale" in leaf else WORDS if leaf.endswith(("g_idx", "shape")) else WORDS[:1]
         if found and found.dtype not in known:
             raise ValueError(f"{found.path}: {name}.{leaf} is stored as {found.dtype}; known are "
                              f"{', '.join(map(str, known))}")
-    return shapes
+    return layout
 
 
 def find(files: CheckpointFiles, name: str, leaf: str, config: Config, *formats: str) -> TensorInfo | None:
@@ -63,14 +65,15 @@ def find(files: CheckpointFiles, name: str, leaf: str, config: Config, *formats:
     return found
 
 
-def count_groups(files: CheckpointFiles, name: str, axis: int, columns: int, config: Config) -> int:
-    """By the scales that are stored. ValueError where these make no groups of the columns."""
+def find_group(files: CheckpointFiles, name: str, axis: int, columns: int, config: Config) -> tuple[int, int]:
+    """The axis of groups, by the scales that are stored. ValueError where these make no groups of the columns."""
     found = files.tensors.get(name)
     if found is None or len(found.shape) != 2:  # whatever is wrong is said when shapes are compared
-        return 1
-    if group_size(columns, found.shape[axis], config) is None:
+        return COLUMN_GROUPS, 0
+    group = group_size(columns, found.shape[axis], config)
+    if group is None:
         raise ValueError(f"{found.path}: {name} has shape {found.shape}, which does not divide {columns} columns")
-    return found.shape[axis]
+    return COLUMN_GROUPS, group if found.shape[axis] > 1 else 0
 
 
 def group_size(columns: int, groups: int, config: Config) -> int | None:
@@ -90,15 +93,23 @@ def groups_of(linear: IntegerLinear, name: str, groups: int) -> Tensor | None:
     return g_idx
 
 
+def packed_shape(files: CheckpointFiles, linear: str) -> tuple[int, int] | None:
+    """(O, I) of a W that is stored as words, without reading these; None for another, and where parts are missing."""
+    leaves = ("weight_packed", "weight_shape", "qweight", "qzeros", "scales")
+    packed, shape, *others = (files.tensors.get(f"{linear}.{leaf}") for leaf in leaves)
+    if packed and shape and shape.shape == (2,):
+        return tuple(files.read(f"{linear}.weight_shape").tolist())
+    if not all(found and len(found.shape) == 2 for found in others):
+        return None
+    (first, second), (_, zeros), (_, O) = (found.shape for found in others)
+    p = 4 if zeros == -(-O // 4) else 8
+    return O, first * p if second == O else first  # GPTQ packs columns, AWQ rows
+
+
 def count_weights(files: CheckpointFiles, name: str) -> int:
-    """How many weights a tensor of words holds, without reading these; 0 for what only says how to read them."""
+    """How many weights a tensor of words holds; 0 for what only says how to read them."""
     linear, _, leaf = name.rpartition(".")
-    if leaf == "weight_packed" and f"{linear}.weight_shape" in files.tensors:
-        return math.prod(files.read(f"{linear}.weight_shape").tolist())
-    scales, zeros = (files.tensors.get(f"{linear}.{other}") for other in ("scales", "qzeros"))
-    if leaf != "qweight" or not scales or not zeros:
-        return 0
-    return math.prod(files.tensors[name].shape) * -(-math.prod(scales.shape) // max(math.prod(zeros.shape), 1))
+    return math.prod(packed_shape(files, linear) or (0,)) if leaf in ("qweight", "weight_packed") else 0
 
 
 def suit_kernel(config: Config, files: CheckpointFiles) -> tuple[Config, list[str]]:
@@ -116,6 +127,10 @@ def suit_kernel(config: Config, files: CheckpointFiles) -> tuple[Config, list[st
     if size and first and (size % min(GROUPS) or eight_bits):
         notes.append(f"PyTorch has no fast matmul for such packed weights (groups of {size} columns): they are "
                      "dequantised for every token, which is slow")
+    order = next((name for name in files.tensors if COLUMNS_IN_ORDER.fullmatch(name)), None) if ranks() > 1 else None
+    if size and order and not is_in_order(files.read(order), size):
+        notes.append("each process has columns of all groups of o_proj and down_proj (desc_act), for which PyTorch has "
+                     "no fast matmul: these are dequantised for every token, which is slow")
     return config, notes
 
 
@@ -123,11 +138,12 @@ class AWQLinear(IntegerLinear):
     """AWQ as its "gemm" version stores it."""
 
     @staticmethod
-    def stored(files: CheckpointFiles, name: str, shape: tuple[int, int], config: Config) -> Shapes | None:
+    def layout(files: CheckpointFiles, name: str, shape: tuple[int, int], config: Config) -> Layout | None:
         if config.quantization in ("gptq", "gptq_v2") or not find(files, name, "qweight", config, "awq"):
             return None
-        (O, I), G = shape, count_groups(files, f"{name}.scales", 0, shape[1], config)
-        return check_types(files, name, {"qweight": (I, -(-O // 8)), "qzeros": (G, -(-O // 8)), "scales": (G, O)})
+        group = find_group(files, f"{name}.scales", 0, shape[1], config)
+        return check_types(files, name, {
+            "qweight": ((COLUMNS, 1), (ROWS, 8)), "qzeros": (group, (ROWS, 8)), "scales": (group, (ROWS, 1))})
 
     @classmethod
     def make(cls, config: Config, shape: tuple[int, int], **tensors: Tensor) -> "AWQLinear":
@@ -148,17 +164,18 @@ class GPTQLinear(IntegerLinear):
     zeros_are_less = 1  # than what they mean
 
     @staticmethod
-    def stored(files: CheckpointFiles, name: str, shape: tuple[int, int], config: Config) -> Shapes | None:
+    def layout(files: CheckpointFiles, name: str, shape: tuple[int, int], config: Config) -> Layout | None:
+        """With p values a word, as the rows of qweight tell."""
         if config.quantization == "awq":
             return None
         found = find(files, name, "qweight", config, "gptq", "gptq_v2")
         if found is None:
             return None
-        (O, I), G = shape, count_groups(files, f"{name}.scales", 0, shape[1], config)
-        p = 4 if found.shape[:1] == (-(-I // 4),) else 8
-        order = {"g_idx": (I,)} if f"{name}.g_idx" in files.tensors else {}
-        shapes = {"qweight": (-(-I // p), O), "qzeros": (G, -(-O // p)), "scales": (G, O)}
-        return check_types(files, name, shapes | order)
+        p = 4 if found.shape[:1] == (-(-shape[1] // 4),) else 8
+        group = find_group(files, f"{name}.scales", 0, shape[1], config)
+        order = {"g_idx": ((COLUMNS, 1),)} if f"{name}.g_idx" in files.tensors else {}
+        return check_types(files, name, order | {
+            "qweight": ((COLUMNS, p), (ROWS, 1)), "qzeros": (group, (ROWS, p)), "scales": (group, (ROWS, 1))})
 
     @classmethod
     def make(cls, config: Config, shape: tuple[int, int], **tensors: Tensor) -> "GPTQLinear":
@@ -179,16 +196,22 @@ class CompressedLinear(IntegerLinear):
     """compressed-tensors' pack-quantized in four or eight bits."""
 
     @staticmethod
-    def stored(files: CheckpointFiles, name: str, shape: tuple[int, int], config: Config) -> Shapes | None:
+    def layout(files: CheckpointFiles, name: str, shape: tuple[int, int], config: Config) -> Layout | None:
+        """With p values a word, as the columns of weight_packed tell."""
         found = find(files, name, "weight_packed", config, "compressed-tensors")
         if found is None:
             return None
-        (O, I), G = shape, count_groups(files, f"{name}.weight_scale", 1, shape[1], config)
-        p = 4 if found.shape[1:] == (-(-I // 4),) else 8
-        shapes = {"weight_packed": (O, -(-I // p)), "weight_scale": (O, G), "weight_shape": (2,)}
-        more = {"weight_zero_point": (-(-O // p), G), "weight_g_idx": (I,)}
-        shapes |= {leaf: size for leaf, size in more.items() if f"{name}.{leaf}" in files.tensors}
-        return check_types(files, name, shapes)
+        p = 4 if found.shape[1:] == (-(-shape[1] // 4),) else 8
+        group = find_group(files, f"{name}.weight_scale", 1, shape[1], config)
+        more = {"weight_zero_point": ((ROWS, p), group), "weight_g_idx": ((COLUMNS, 1),)}
+        return check_types(files, name, {
+            "weight_packed": ((ROWS, 1), (COLUMNS, p)), "weight_scale": ((ROWS, 1), group), "weight_shape": ()
+        } | {leaf: axes for leaf, axes in more.items() if f"{name}.{leaf}" in files.tensors})
+
+    @classmethod
+    def stored(cls, *arguments) -> dict[str, tuple[int, ...]] | None:
+        shapes = super().stored(*arguments)
+        return shapes and shapes | {"weight_shape": (2,)}
 
     @classmethod
     def make(cls, config: Config, shape: tuple[int, int], **tensors: Tensor) -> "CompressedLinear":

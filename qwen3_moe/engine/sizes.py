@@ -8,7 +8,7 @@ from ..config import Config
 from ..layers import KVCache
 from ..model import Layer, Model
 from .memory import free_memory, gigabytes
-from .packed_formats import LEAF, count_weights
+from .packed_formats import LEAF
 from .parallel import Place, here
 from .parts import KEPT_IN_FLOAT32, count_experts, share_cache, share_heads
 from .prepare import compute_dtype, read_checkpoint
@@ -37,7 +37,7 @@ def count_bytes(config: Config, files: CheckpointFiles, dtype: torch.dtype | str
             continue  # multiplied in
         is_packed = bool(LEAF.fullmatch(name))
         as_stored = name.endswith(KEPT_IN_FLOAT32) or dtype is None and (stored == FP8 or is_scale or is_packed)
-        count = count_weights(files, name) if is_packed and dtype is not None else shares.count(name)
+        count = (shares.count_weights if is_packed and dtype is not None else shares.count)(name)
         size = count * (stored if as_stored else compute).itemsize
         if dtype in BITS and is_rounded(name, shape):
             size = count * BITS[dtype] // 8 + shape[0] * (shape[1] // GROUP if dtype == "int4" else 1) * 2 + 16
