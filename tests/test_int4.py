@@ -18,7 +18,8 @@ from tests.packed import CONFIGS, RELEASES, WIDTHS, is_packed, quantised, write
 from tests.seeded import PROMPT, seeded_tensor, write_checkpoint
 from tests.test_releases import IDS, change_config, is_one_sentence, logits, tensors_of
 
-int4, formats = module("qwen3", "engine.int4"), module("qwen3", "engine.packed_formats")  # alike in all packages
+# Alike in all packages.
+int4, formats, nibbles = (module("qwen3", f"engine.{name}") for name in ("int4", "packed_formats", "nibbles"))
 REFERENCE = {package: Path(__file__).parent / package / "reference/packed.safetensors" for package in PACKAGES}
 FEW = ("gptq, desc_act", "compressed, zero points")
 
@@ -80,6 +81,11 @@ def cases_of_reference() -> list[str]:
     return sorted({" ".join(name.split()[:4]) for name in load_file(REFERENCE["qwen3"]) if name[0] in "48"})
 
 
+def rows_of(packed, dtype: torch.dtype) -> torch.Tensor:
+    """W of all pieces, in the order of its rows."""
+    return packed.in_order(torch.cat(list(packed.pieces(dtype))).T).T[:packed.rows]
+
+
 @pytest.mark.parametrize("case", cases_of_reference())
 def test_a_matrix_of_compressed_tensors_is_that_librarys_bit_for_bit(case):
     stored = {name.removeprefix(f"{case} "): tensor for name, tensor in load_file(REFERENCE["qwen3"]).items()
@@ -88,7 +94,7 @@ def test_a_matrix_of_compressed_tensors_is_that_librarys_bit_for_bit(case):
     linear = formats.CompressedLinear.make(config_of("compressed-tensors"), tuple(wanted.shape), **stored)
     assert torch.equal(linear.matrix(wanted.dtype), wanted)
     packed = linear.pack()
-    assert torch.equal(packed.in_order(torch.cat(list(packed.pieces(wanted.dtype))).T).T[:packed.rows], wanted)
+    assert torch.equal(rows_of(packed, wanted.dtype), wanted)
     bits, group, dtype, symmetric = case.split()
     q, scale, zero, _, _ = quantised("matrix", (20, 96), int(bits), int(group), getattr(torch, dtype),
                                      symmetric == "symmetric")
@@ -182,10 +188,10 @@ def test_pytorch_has_the_kernel_and_it_reads_our_order():
     layout = int4.layout()
     assert layout is not None
     q = torch.randint(0, 16, (128, 96), generator=torch.Generator().manual_seed(0))
-    ours = int4.join_nibbles(q.byte(), *layout)
+    ours = nibbles.join_nibbles(q.byte(), *layout)
     assert torch.equal(ours.flatten(), torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1).flatten())
     block, axis = layout
-    assert torch.equal(int4.nibbles(ours, axis).transpose(1, 2).flatten(0, 1), q.byte())
+    assert torch.equal(nibbles.nibbles(ours, axis).transpose(1, 2).flatten(0, 1), q.byte())
 
 
 @pytest.mark.parametrize("block, axis", [(64, -2), (32, -2), (16, -1)])
@@ -195,7 +201,7 @@ def test_the_orders_of_other_processors(monkeypatch, block, axis):
     whole = integers(100, 96, 32, 4, torch.bfloat16, False, False)
     packed = int4.pack(whole)
     assert packed.values.shape == (-(-100 // block), 96, block // 2)
-    assert torch.equal(packed.in_order(torch.cat(list(packed.pieces(torch.float32))).T).T[:100], whole.matrix(torch.float32))
+    assert torch.equal(rows_of(packed, torch.float32), whole.matrix(torch.float32))
 
 
 def test_widths_that_the_kernel_of_eight_bits_would_read_beyond_are_not_given_to_it():

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from .int4 import GROUPS, Integers, is_in_order, look_up
+from .int4 import GROUPS, Integers, is_in_order
 from .integer_linear import IntegerLinear
+from .nibbles import look_up
 from .processes import ranks
 from .quantized import COLUMN_GROUPS, COLUMNS, ROWS, Axes, FP8Linear
 from .safetensors_reader import CheckpointFiles, TensorInfo

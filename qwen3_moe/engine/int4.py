@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .fast import matmul
+from .nibbles import join_nibbles, look_up
 
 FEW = 32  # rows of x up to which the kernel is faster than dequantising; it computes four at a time
 GROUPS = (256, 128, 64, 32)  # that the kernel knows
@@ -80,35 +81,8 @@ def layout() -> tuple[int, int] | None:
     return next((one for one in known if torch.equal(join_nibbles(q.byte(), *one).flatten(), wanted)), None)
 
 
-def nibbles(data: Tensor, axis: int = -1) -> Tensor:
-    """Bytes (…, n) -> their halves (…, 2n), the lower one first: in turn (axis -1), or all lower ones first (-2)."""
-    return torch.stack((data & 15, data >> 4), axis).flatten(-2)
-
-
-def join_nibbles(values: Tensor, block: int, axis: int) -> Tensor:
-    """(O, I) with 0…15, O a multiple of the block -> bytes (O / block, I, block / 2); the inverse of `nibbles`."""
-    pairs = values.unflatten(0, (-1, 2, block // 2) if axis == -2 else (-1, block // 2, 2))
-    low, high = pairs.unbind(axis - 1)
-    return (low | high << 4).mT.contiguous()
-
-
-@functools.cache
-def table(axis: int, dtype: torch.dtype) -> Tensor:
-    """Each word of two bytes, (65536,), as its four values: bytes in an int32, or less 8, bfloat16 in an int64."""
-    data = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.uint8).view(-1, 2)
-    values = nibbles(data, axis)
-    values = values if dtype == torch.uint8 else (values.view(torch.int8) - 8).to(dtype)
-    return values.contiguous().view({1: torch.int32, 2: torch.int64}[dtype.itemsize]).flatten()
-
-
-def look_up(data: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
-    """`nibbles` of bytes (…, 2), flat: looked up, which takes a tenth of the time of computing them."""
-    words = data.view(torch.uint16).to(torch.int32, memory_format=torch.contiguous_format).flatten()
-    return table(axis, dtype).index_select(0, words).view(dtype)
-
-
 def to_words(rows: Tensor, half: int, axis: int) -> Tensor:
-    """(…, O) in the order of W's rows -> as the words of blocks hold them: of axis -2 two, and two of the other half."""
+    """(…, O) as W has its rows -> as the words of blocks hold them: for axis -2 two, and two of the other half."""
     return rows if axis == -1 else rows.unflatten(-1, (-1, 2, half // 2, 2)).transpose(-3, -2).flatten(-4)
 
 
