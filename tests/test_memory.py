@@ -108,10 +108,9 @@ def test_replicas_share_the_file_of_fp8_that_is_kept_and_have_an_expanded_copy_e
     Conversation, config = (module(fp8.package, name) for name in ("engine.conversation", "config"))
     one = SimpleNamespace(arguments=SimpleNamespace(device="cpu", dtype=None), folder=fp8.folder, name="X",
                           config=config.Config.from_checkpoint(fp8.folder))
-    for free, dtype, said in ((fp8.expanded * 2.4, "bfloat16", r"bfloat16 on cpu \(expanded from FP8, which a CPU is "
-                               r"slow at; --dtype fp8 keeps it: \d\.\d MB\)"),
-                              (fp8.expanded * 1.9, None, r"FP8 on cpu \(slow there; in bfloat16 it would take \d\.\d MB, "
-                               r"more than there is room for\)")):
+    expanded = r"bfloat16 on cpu \(expanded from FP8, which a CPU is slow at; --dtype fp8 keeps it: \d\.\d MB\)"
+    kept = r"FP8 on cpu \(slow there; in bfloat16 it would take \d\.\d MB, more than there is room for\)"
+    for free, dtype, said in ((fp8.expanded * 2.4, "bfloat16", expanded), (fp8.expanded * 1.9, None, kept)):
         fp8.free = int(free)
         assert Conversation.Conversation.find_room(one, 2, processes=2) == (CPU, dtype)
         assert re.search(rf"X: \d\.\d MB of weights in {said}, ", capsys.readouterr().err)

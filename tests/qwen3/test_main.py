@@ -85,7 +85,8 @@ def test_fp8_on_a_cpu_is_expanded_where_it_fits_and_said_to_be_slow_where_not(ca
     expanded = r"3\.6 MB of weights in bfloat16 on cpu \(expanded from FP8, .* --dtype fp8 keeps it: 2\.\d MB\),"
     kept = r"2\.\d MB of weights in FP8 on cpu \(slow there"
     for flags, free, expected, dtype in (
-            ([], 1e9, expanded, torch.bfloat16), (["--dtype", "bfloat16"], 1e9, "in bfloat16 on cpu,", torch.bfloat16),
+            ([], 1e9, expanded, torch.bfloat16),
+            (["--dtype", "bfloat16"], 1e9, "in bfloat16 on cpu,", torch.bfloat16),
             (["--dtype", "fp8"], 1e9, kept + ", as --dtype fp8 asks", torch.float8_e4m3fn),
             ([], 4e6, kept + r"; in bfloat16 it would take 3\.6 MB, more than", torch.float8_e4m3fn)):
         monkeypatch.setattr(sizes, "free_memory", lambda device: int(free))
