@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 PIECE = 2**20  # weights for one matmul: 2 MB in bfloat16
-PART = 2**17  # weights for one of the small steps, of which all but the first read what the one before wrote
+PART = 2**17  # weights of a thread for one of the small steps: all but the first read what the one before wrote
 
 
 def can_widen(weight: Tensor, scale: Tensor) -> bool:
@@ -36,7 +36,7 @@ def pieces(weight: Tensor, scale: Tensor, dtype: torch.dtype, block: tuple[int, 
     (O, I), scale = weight.shape, 256 * scale.float()
     if scale.shape[1] > 1:
         scale = scale.repeat_interleave(block[1], 1)[:, :I]
-    step, part = (min(max(size // I, 1), O) for size in (PIECE, PART))
+    step, part = (min(max(size // I, 1), O) for size in (PIECE, PART * torch.get_num_threads()))
     buffer = torch.empty(step, I, dtype=dtype) if W is None else None
     bits, wide = torch.empty(part, I, dtype=torch.int16), torch.empty(part, I)
     for first in range(0, O, step):
@@ -48,7 +48,7 @@ def pieces(weight: Tensor, scale: Tensor, dtype: torch.dtype, block: tuple[int, 
             b <<= 7
             b &= ~(1 << 14)  # of the sign's copies, one is where float16 has its first bit of the exponent
             w.copy_(b.view(torch.float16))
-            w *= scale[scales]
+            w.unflatten(0, (scales.stop - scales.start, -1)).mul_(scale[scales][:, None])
             out[rows] = w
         if int(q.amax()) == 127 or int(q.view(torch.uint8).amax()) == 255:
             out[q & 127 == 127] = torch.nan
@@ -56,11 +56,10 @@ def pieces(weight: Tensor, scale: Tensor, dtype: torch.dtype, block: tuple[int, 
 
 
 def parts(first: int, count: int, part: int, block: int) -> Iterator[tuple[slice, slice]]:
-    """(Rows of a piece that begins at row `first` of W, the rows of their scales): one row, or one for each."""
+    """(Rows of a piece that begins at row `first` of W, those of their scales): whole blocks, or some rows of one."""
     start = 0
     while start < count:
-        end = min(start + part, count)
-        if block > 1:
-            end = min(end, start + block - (first + start) % block)
+        end, begun = min(start + part, count), (first + start) % block
+        end = min(end, start + block - begun) if begun or end - start < block else end - (end - start) % block
         yield slice(start, end), slice((first + start) // block, (first + end - 1) // block + 1)
         start = end
