@@ -23,9 +23,9 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu", dtype:
                progress: Callable[[int, int], None] | None = None, engine: bool = True) -> Model:
     """The checkpoint in `directory` as a model in eval mode.
 
-    dtype None keeps the checkpoint's own. `engine` swaps in faster parts (engine/parts.py) and reads quantised weights;
-    without it the model consists of this package's own parts alone. `progress(done, total)` counts tensors. What a user
-    should know stands in model.config.notes.
+    dtype None keeps the checkpoint's own, FP8 too. `engine` swaps in faster parts (engine/parts.py) and reads quantised
+    weights; without it the model consists of this package's own parts alone. `progress(done, total)` counts tensors.
+    What a user should know stands in model.config.notes.
     Raises FileNotFoundError or ValueError, saying which file or tensor is missing, damaged or unexpected.
     """
     config, files = read_checkpoint(directory, every=1)  # refuses what is damaged, and what is computed otherwise

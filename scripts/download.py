@@ -27,7 +27,9 @@ GIGABYTES = {  # rounded; the hub gives the exact size. The first name of each p
         "Qwen3-14B-Base": 29.5, "Qwen3-4B-Instruct-2507": 8.0, "Qwen3-4B-Thinking-2507": 8.0,
         "DeepSeek-R1-0528-Qwen3-8B": 16.4,
         "Qwen3-0.6B-FP8": 0.8, "Qwen3-1.7B-FP8": 2.0, "Qwen3-4B-FP8": 4.4, "Qwen3-8B-FP8": 9.4, "Qwen3-14B-FP8": 16.3,
-        "Qwen3-32B-FP8": 34.3, "Qwen3-4B-Instruct-2507-FP8": 4.4, "Qwen3-4B-Thinking-2507-FP8": 4.4},
+        "Qwen3-32B-FP8": 34.3, "Qwen3-4B-Instruct-2507-FP8": 4.4, "Qwen3-4B-Thinking-2507-FP8": 4.4,
+        "Qwen3-0.6B-GPTQ-Int8": 0.8, "Qwen3-1.7B-GPTQ-Int8": 2.1, "Qwen3-4B-AWQ": 2.7, "Qwen3-8B-AWQ": 6.1,
+        "Qwen3-14B-AWQ": 10.0, "Qwen3-32B-AWQ": 19.3},
     "qwen3_moe": {
         "Qwen3-30B-A3B": 61.1, "Qwen3-235B-A22B": 470.2, "Qwen3-30B-A3B-Base": 61.1,
         "Qwen3-30B-A3B-Instruct-2507": 61.1, "Qwen3-30B-A3B-Thinking-2507": 61.1,
@@ -36,12 +38,14 @@ GIGABYTES = {  # rounded; the hub gives the exact size. The first name of each p
         "Qwen3-30B-A3B-FP8": 31.2, "Qwen3-235B-A22B-FP8": 236.4, "Qwen3-30B-A3B-Instruct-2507-FP8": 31.2,
         "Qwen3-30B-A3B-Thinking-2507-FP8": 31.2, "Qwen3-235B-A22B-Instruct-2507-FP8": 236.4,
         "Qwen3-235B-A22B-Thinking-2507-FP8": 236.4, "Qwen3-Coder-30B-A3B-Instruct-FP8": 31.2,
-        "Qwen3-Coder-480B-A35B-Instruct-FP8": 482.2},
+        "Qwen3-Coder-480B-A35B-Instruct-FP8": 482.2,
+        "Qwen3-30B-A3B-GPTQ-Int4": 16.9, "Qwen3-235B-A22B-GPTQ-Int4": 124.5},
     "deepseek_v3": {
         "Moonlight-16B-A3B-Instruct": 31.9, "Moonlight-16B-A3B": 31.9, "GLM-4.7-Flash": 62.4,
         "DeepSeek-V3": 688.6, "DeepSeek-V3-Base": 688.6, "DeepSeek-V3-0324": 688.6, "DeepSeek-V3.1": 688.6,
         "DeepSeek-V3.1-Base": 688.6, "DeepSeek-R1": 688.6, "DeepSeek-R1-0528": 688.6,
-        "Kimi-K2-Instruct": 1029.2, "Kimi-K2-Base": 1029.2, "Kimi-K2-Instruct-0905": 1029.2},
+        "Kimi-K2-Instruct": 1029.2, "Kimi-K2-Base": 1029.2, "Kimi-K2-Instruct-0905": 1029.2,
+        "Kimi-K2-Thinking": 594.2},
 }
 TOKENIZER = re.compile(r"(tokenizer|tokenizer_config|config)\.json|chat_template\.jinja|tiktoken\.model")
 NEEDED = re.compile(TOKENIZER.pattern + r"|(generation_config|model\.safetensors\.index)\.json|[^/\\]+\.safetensors")

@@ -129,8 +129,8 @@ def test_names_that_are(place):
         published = download.find(package, name)
         assert code == 1 and f"{place.hub.url} has no {download.owner_of(published)}/{published}" in err
     assert download.owner_of("DeepSeek-R1-0528-Qwen3-8B") == "deepseek-ai"
-    for package, count, line in [("qwen3", 22, r"Qwen3-0.6B +1.5 GB"), ("qwen3_moe", 17, r"Qwen3-30B-A3B +61.1 GB"),
-                                 ("deepseek_v3", 13, r"DeepSeek-R1 +688.6 GB")]:
+    for package, count, line in [("qwen3", 28, r"Qwen3-0.6B +1.5 GB"), ("qwen3_moe", 19, r"Qwen3-30B-A3B +61.1 GB"),
+                                 ("deepseek_v3", 14, r"DeepSeek-R1 +688.6 GB")]:
         code, out, _ = place.get("--list", package=package)
         assert code == 0 and len(out.splitlines()) == count and re.search(f"^{line}$", out, re.M)
 

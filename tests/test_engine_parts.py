@@ -171,6 +171,39 @@ def test_an_fp8_linear_multiplies_by_its_scales_and_keeps_its_bytes(scale, block
     assert torch.allclose(rows.grad, W.sum(0).expand_as(rows), atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fp8_is_widened_on_the_cpu_to_the_bits_of_the_definition(monkeypatch, dtype):
+    """All 256 values: zeros of both signs, subnormal numbers, NaN; in pieces that end within blocks and between."""
+    quantized, fp8, seed = module("qwen3", "engine.quantized"), module("qwen3", "engine.fp8"), torch.Generator()
+    every = torch.arange(256, dtype=torch.uint8)[torch.randint(0, 256, (300, 200), generator=seed.manual_seed(0))]
+    every[:70][every[:70] == 0x7F] = 0  # one of the two NaN in the first piece, the other in the second
+    every[70:140][every[70:140] == 0xFF] = 0
+    weight = every.view(torch.float8_e4m3fn)
+    assert len(every.unique()) == 256 and torch.equal(weight.view(torch.uint8), every)
+
+    def bits(W: Tensor) -> Tensor:
+        return W.view(torch.int32 if dtype == torch.float32 else torch.int16).where(~W.isnan(), 0)
+
+    for grid in ((3, 2), (300, 1), (1, 1)):
+        for scale in (torch.rand(grid, generator=seed) * 1e-3, torch.full(grid, 1e-40), torch.full(grid, 1e37)):
+            linear = quantized.FP8Linear(SimpleNamespace(weight_block_size=None), weight, scale)
+            block = linear.block
+            meant = scale.repeat_interleave(block[0], 0)[:300].repeat_interleave(block[1], 1)[:, :200]
+            meant = (weight.to(torch.float32) * meant).to(dtype)
+            for piece, part in ((2**20, 2**17), (200 * 70, 200 * 30)):
+                monkeypatch.setattr(fp8, "PIECE", piece)
+                monkeypatch.setattr(fp8, "PART", part)
+                W = linear.matrix(dtype)
+                assert torch.equal(W.isnan(), meant.isnan()) and torch.equal(bits(W), bits(meant))
+    clean = torch.where(weight.float().isnan(), 0.0, weight.float()).to(torch.float8_e4m3fn)
+    linear = quantized.FP8Linear(SimpleNamespace(weight_block_size=None), clean, torch.rand(3, 2, generator=seed))
+    monkeypatch.setattr(fp8, "PIECE", 200 * 70)
+    for x in (torch.randn(1, 200, generator=seed).to(dtype), torch.randn(2, 30, 200, generator=seed).to(dtype)):
+        expected = x.double() @ linear.matrix(dtype).double().T
+        assert linear(x).shape == expected.shape and linear(x).dtype == dtype
+        assert (linear(x) - expected).abs().max() <= (torch.finfo(dtype).eps + 2e-6) * expected.abs().max()
+
+
 # Progress (engine/conversation.py, one file in all packages)
 
 def listeners(model: nn.Module) -> int:

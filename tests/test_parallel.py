@@ -33,7 +33,8 @@ TOLERANCE = {1: 0, 2: 1e-5, 3: 1e-5, 4: 2e-5}
 def run(package: str, folder: str, dtype: str | None = None) -> dict:
     """What a checkpoint computes on this rank; or why it does not, if the ranks cannot share it."""
     weights, generate = module(package, "weights"), module(package, "generate")
-    module(package, "engine.processes").share_models(dist.group.WORLD)
+    processes = module(package, "engine.processes")
+    processes.share_models(dist.group.WORLD)
     try:
         model = weights.load_model(folder, dtype=dtype)
     except ValueError as error:
@@ -55,7 +56,8 @@ def run(package: str, folder: str, dtype: str | None = None) -> dict:
              "counted": weights.bytes_in_memory(folder, dtype),
              "cached": sum(tensor.nbytes for tensor in generate.new_cache(model, 1).tensors),
              "counted cache": module(package, "engine.sizes").cache_bytes_per_token(model.config, whole.dtype),
-             "types": Counter(weight.dtype for weight in model.parameters())}
+             "types": Counter(weight.dtype for weight in model.parameters()),
+             "all say": [processes.all_say(True), processes.all_say(processes.rank() == 0)]}
     if getattr(model.config, "num_nextn_predict_layers", 0):
         found["layers"] -= 1  # the draft layer, which the logits do not need
         found["drafted"] = answer(**seeded, speculative=True)
@@ -81,14 +83,14 @@ def compare(ranks: int, checkpoints: list[tuple]) -> int:
             continue
         ran += 1
         assert sum(other["bytes"] for other in others) >= one["bytes"] > max(other["bytes"] for other in others)
-        assert one["sums"] == []
+        assert one["sums"] == [] and one["all say"] == [True, True]
         for other in others:
             error = (other["logits"] - one["logits"]).abs().max() / one["logits"].abs().max()
             assert error <= TOLERANCE[ranks], checkpoint
             assert torch.equal(other["logits"], first["logits"])
             assert other["sums"] == [torch.float32] * (2 * one["layers"] + 2)  # two a layer, embedding, head
             assert other["bytes"] == other["counted"] and other["cached"] == other["counted cache"]
-            assert other["types"] == one["types"]
+            assert other["types"] == one["types"] and other["all say"] == [True, False]
             for what in ("greedy", "seeded", "batch", "drafted"):
                 assert other.get(what) == one.get(what), (checkpoint, what)
             for what in ("by chance", "drafted by chance"):
@@ -305,6 +307,25 @@ def test_memory_is_that_of_a_gpu_or_of_all_on_a_machine(tmp_path, monkeypatch, o
             with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="weights and .* for the cache"):
                 said = sizes.check_memory(folder, torch.device(device), "bfloat16", 7, 1000)
                 assert said == module(package, "engine.memory").gigabytes(shares[1])
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_fp8_is_expanded_where_the_shares_of_all_on_a_machine_fit(tmp_path, monkeypatch, one_of, package):
+    folder, sizes = fp8(tmp_path, [package])[0][1], module(package, "engine.sizes")
+    free, said, answers = [], [], []
+    monkeypatch.setattr(sizes, "free_memory", lambda device: free[-1])
+    monkeypatch.setattr(sizes, "all_say", lambda yes: said.append(yes) or answers[-1])
+    shares = []
+    for rank in range(2):
+        one_of(package, rank, 2, rank, 2)
+        shares.append(sizes.bytes_in_memory(folder, "float32"))
+    room = math.ceil((sum(shares) + 2000) * 10 / 9)
+    for left, answer in ((room, True), (room, False), (room - 2, False)):  # another machine may say no
+        free.append(left)
+        answers.append(answer)
+        dtype, why = sizes.keep_or_expand(folder, torch.device("cpu"), None, 1000)
+        assert said[-1] == (left == room) and dtype == ("float32" if answer else None)
+        assert answer or module(package, "engine.memory").gigabytes(shares[1]) in why
 
 
 # Shares

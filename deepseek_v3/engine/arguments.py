@@ -71,8 +71,9 @@ class Parser(argparse.ArgumentParser):
              help="run the code of the lesson alone, without the faster parts of engine/")
         step("--compile", action="store_true",
              help="compile the decode step: half a minute of waiting once, then faster on a GPU")
-        add("--dtype", choices=(*DTYPES, "int4", "int8"),
-            help="default: the checkpoint's own (quantised weights stay as they are); int4 and int8 round them here")
+        add("--dtype", choices=(*DTYPES, "fp8", "int4", "int8"),
+            help="default: the checkpoint's own (quantised weights stay as they are, but FP8 is expanded on a CPU that "
+                 "has room for it); fp8 keeps FP8; int4 and int8 round weights here")
         add = self.add_argument_group("a file of prompts", BATCH).add_argument
         add("--batch", metavar="FILE", help='answer all prompts of a file; "-" reads standard input')
         add("-o", "--output", metavar="FILE", help="where the answers go; default: standard output")

@@ -24,7 +24,7 @@ from .processes import check_alike, on_first, ranks
 from .requests import check_request
 from .rounding import BITS
 from .safetensors_reader import CheckpointFiles
-from .sizes import bytes_in_memory, bytes_per_token, cache_bytes_per_token, check_memory
+from .sizes import bytes_in_memory, bytes_per_token, cache_bytes_per_token, check_memory, keep_or_expand
 from .terminal import PACKAGE, Questions, is_terminal, note, progress, show_answer
 
 COMMANDS = "/clear forgets the conversation, /system TEXT sets the system prompt, /think, /no_think, /exit"
@@ -123,20 +123,23 @@ class Conversation:
 
     def find_room(self, tokens: int, processes: int = 1) -> tuple[torch.device, str | None]:
         """find_device for a cache of so many tokens, in each of several processes that share a CPU's memory."""
-        device, dtype = find_device(self.arguments.device), self.arguments.dtype
+        device, dtype, remark = find_device(self.arguments.device), self.arguments.dtype, ""
         if device.type == "mps" and self.config.quantization and dtype is None:
-            dtype = "bfloat16"  # Apple's GPUs have no FP8
-        compute = compute_dtype(self.config, CheckpointFiles(self.folder), dtype)
+            dtype = "bfloat16"  # Apple's GPUs have neither FP8 nor the kernels for integers
+        compute = compute_dtype(self.config, CheckpointFiles(self.folder), None if dtype == "fp8" else dtype)
         per_token, more = cache_bytes_per_token(self.config, compute), 0
-        if device.type == "cpu" and processes > 1:  # weights that need no conversion stay in one file for all
-            tokens, more = tokens * processes, (processes - 1) * bytes_in_memory(self.folder, dtype) if dtype else 0
+        if device.type == "cpu" and processes > 1:
+            tokens *= processes
+        if "fp8" in (self.config.quantization, dtype):
+            dtype, remark = keep_or_expand(self.folder, device, dtype, tokens * per_token, processes)
+        if device.type == "cpu" and dtype:  # weights that need no conversion stay in one file for all
+            more = (processes - 1) * bytes_in_memory(self.folder, dtype)
         size = check_memory(self.folder, device, dtype, tokens, tokens * per_token + more)
         kept = self.config.quantization.upper() if self.config.quantization and dtype is None else (
             dtype if dtype in BITS else str(compute).removeprefix("torch."))
         why = "" if self.arguments.device or device.type != "cpu" else " (no GPU found)"
         why += f", the share of one of {ranks()} processes" if ranks() > 1 else ""
-        if (kept, device.type) == ("FP8", "cpu"):
-            why += " (slow there; --dtype bfloat16, if it fits, expands them once)"
+        why += remark
         note(f"{self.name}: {size} of weights in {kept} on {device}{why}, {per_token / 1e3:.1f} kB of cache per token")
         return device, dtype
 

@@ -7,13 +7,15 @@ import torch
 from ..config import Config
 from ..layers import KVCache
 from ..model import Layer, Model
+from .arguments import name_of
 from .memory import free_memory, gigabytes
 from .packed_formats import LEAF
 from .parallel import Place, here
 from .parts import KEPT_IN_FLOAT32, count_experts, share_cache, share_heads
 from .prepare import compute_dtype, read_checkpoint
-from .processes import on_this_machine, rank, ranks
+from .processes import all_say, on_this_machine, rank, ranks
 from .quantized import FP8
+from .releases import in_fewer_bits
 from .rounding import BITS, GROUP, is_rounded
 from .safetensors_reader import CheckpointFiles
 from .shares import Shares
@@ -91,6 +93,39 @@ def check_memory(directory: str | Path, device: torch.device, dtype: str | None,
         advice = "choose a smaller checkpoint, another device or a smaller -n" if used == every else (
             "choose a smaller checkpoint or -n, or `-d cpu` without --dtype, where experts stay in the file until they "
             "are wanted")
-        raise ValueError(f"{Path(directory).name} needs {gigabytes(needed)} for weights and {gigabytes(cache)} for the "
-                         f"cache of {tokens:,} tokens, but {device} has {gigabytes(free)} free; {advice}")
+        if config.quantization in (None, "fp8") and device.type != "mps":  # Apple's GPUs would expand it
+            # Without a type asked for, its experts too stay in the file on the CPU.
+            rounded = {kind: sum(count_bytes(config, files, kind, device.type == "cpu", place) for place in places)
+                       for kind in BITS}
+            advice = in_fewer_bits(Path(directory), free - cache, rounded) or advice
+        raise ValueError(f"{name_of(Path(directory))} needs {gigabytes(needed)} for weights and {gigabytes(cache)} for "
+                         f"the cache of {tokens:,} tokens, but {device} has {gigabytes(free)} free; {advice}")
     return gigabytes(size)
+
+
+def keep_or_expand(directory: str | Path, device: torch.device, asked: str | None, cache: int,
+                   processes: int = 1) -> tuple[str | None, str]:
+    """(The type that FP8 weights are given while loading, None for their own; why, in words for the user).
+
+    On a CPU, where a token takes several times as long in FP8, they are expanded unless `asked` is "fp8", if all of
+    them and `cache` bytes leave a tenth of the memory free; the experts of a mixture too then lie in memory, and not in
+    the file. `processes` have a model each, or share one. ValueError where FP8 is asked for and cannot be.
+    """
+    config, files = read_checkpoint(directory)
+    if not any(tensor.dtype == FP8 for tensor in files.tensors.values()):
+        if asked == "fp8":
+            raise ValueError(f"{name_of(Path(directory))} has no FP8 weights that --dtype fp8 could keep; leave it out")
+        return asked, ""
+    if asked == "fp8" and device.type == "mps":
+        raise ValueError("Apple's GPUs have no FP8; leave out --dtype fp8, or give -d cpu")
+    if asked not in (None, "fp8") or device.type != "cpu":
+        return None if asked == "fp8" else asked, ""
+    if asked == "fp8":
+        return None, " (slow there, as --dtype fp8 asks)"
+    compute, free, here_too = compute_dtype(config, files, None), free_memory(device), on_this_machine()
+    kept, expanded = ([count_bytes(config, files, dtype, False, Place(number % ranks(), ranks()))
+                       for number in here_too] for dtype in (None, compute))
+    needed, own, name = sum(expanded) * processes + cache * len(here_too), here_too.index(rank()), str(compute)[6:]
+    if all_say(free is not None and needed <= free * 9 // 10):
+        return name, f" (expanded from FP8, which a CPU is slow at; --dtype fp8 keeps it: {gigabytes(kept[own])})"
+    return None, f" (slow there; in {name} it would take {gigabytes(expanded[own])}, more than there is room for)"

@@ -194,6 +194,18 @@ def on_first(read: Callable[[], T]) -> T:
     return box[0]
 
 
+def all_say(yes: bool) -> bool:
+    """Whether all processes that share a model say yes: what hangs on the memory of each is done by all or none."""
+    if ranks() == 1:
+        return yes
+    import torch
+    import torch.distributed as dist
+
+    answer = torch.tensor(int(yes))
+    dist.all_reduce(answer, dist.ReduceOp.MIN, group=GROUP)
+    return bool(answer)
+
+
 def check_alike(what: str, value: object) -> None:
     """ValueError, on every process, unless all have the same: later they would wait for each other for ever."""
     if ranks() == 1:

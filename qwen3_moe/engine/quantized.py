@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from .fast import FastLinear
+from .fast import FastLinear, matmul
+from .fp8 import can_widen, pieces
 from .safetensors_reader import CheckpointFiles
 
 FP8 = torch.float8_e4m3fn
+FEW = 128  # rows up to which W is multiplied in pieces: with more, PyTorch's sums depend on the size of a piece
 # What an axis of a stored tensor counts: rows of W, its columns, or the groups of columns that share a scale; and how
 # many rows or columns one entry is for, 0 if there is only one for all.
 ROWS, COLUMNS, COLUMN_GROUPS = range(3)
@@ -101,7 +103,19 @@ class FP8Linear(QuantizedLinear):
         return cls(config, **tensors)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        return dequantize(self.weight, self.weight_scale_inv, dtype, self.block)
+        if not can_widen(self.weight, self.weight_scale_inv):
+            return dequantize(self.weight, self.weight_scale_inv, dtype, self.block)
+        W = torch.empty(self.weight.shape, dtype=dtype)
+        for _ in pieces(self.weight, self.weight_scale_inv, dtype, self.block, W):
+            pass
+        return W
+
+    def forward(self, x: Tensor) -> Tensor:
+        has_gradient = torch.is_grad_enabled() and x.requires_grad  # for which all of W would be kept
+        many = x.shape[:-1].numel() > FEW
+        if many or has_gradient or not can_widen(self.weight, self.weight_scale_inv):
+            return super().forward(x)
+        return torch.cat([matmul(x, W) for W in pieces(self.weight, self.weight_scale_inv, x.dtype, self.block)], -1)
 
 
 def entries(shape: tuple[int, int], counts: int, size: int) -> int:

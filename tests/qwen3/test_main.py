@@ -74,18 +74,28 @@ def test_without_thinking_it_only_answers(capfd):
     assert out == ROPE and "question" not in err
 
 
-def test_fp8_on_a_cpu_is_said_to_be_slow(capfd, tmp_path):
+def test_fp8_on_a_cpu_is_expanded_where_it_fits_and_said_to_be_slow_where_not(capfd, monkeypatch, tmp_path):
     folder = variant(tmp_path / "Tiny-FP8", {"config.json": {"quantization_config": FP8}})
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         tensors[name], tensors[f"{name}_scale_inv"] = quantise(tensors[name])
     save_file(tensors, folder / "model.safetensors")
-    for flags, expected in (
-            ([], "in FP8 on cpu (slow there; --dtype bfloat16, if it fits, expands them once),"),
-            (["--dtype", "bfloat16"], "in bfloat16 on cpu,")):
-        assert main(["-m", str(folder), "-p", "What is RoPE?", "-d", "cpu", *flags]) == 0
+    loaded, real = [], module.load_model
+    monkeypatch.setattr(module, "load_model", lambda *a, **more: loaded.append(real(*a, **more)) or loaded[-1])
+    expanded = r"3\.6 MB of weights in bfloat16 on cpu \(expanded from FP8, .* --dtype fp8 keeps it: 2\.\d MB\),"
+    kept = r"2\.\d MB of weights in FP8 on cpu \(slow there"
+    for flags, free, expected, dtype in (
+            ([], 1e9, expanded, torch.bfloat16),
+            (["--dtype", "bfloat16"], 1e9, "in bfloat16 on cpu,", torch.bfloat16),
+            (["--dtype", "fp8"], 1e9, kept + ", as --dtype fp8 asks", torch.float8_e4m3fn),
+            ([], 4e6, kept + r"; in bfloat16 it would take 3\.6 MB, more than", torch.float8_e4m3fn)):
+        monkeypatch.setattr(sizes, "free_memory", lambda device: int(free))
+        assert main(["-m", str(folder), "-p", "What is RoPE?", "--no-thinking", "-n", "99", "-d", "cpu", *flags]) == 0
         out, err = capfd.readouterr()
-        assert out == ROPE and expected in err
+        assert out == ROPE and re.search(expected, err)
+        assert loaded[-1].model.layers[0].mlp.down_proj.weight.dtype == dtype
+    assert main(["-m", "Qwen3-Tiny", "--dtype", "fp8"]) == 2
+    assert "Qwen3-Tiny has no FP8 weights that --dtype fp8 could keep; leave it out" in capfd.readouterr().err
 
 
 def test_bare_it_asks_a_question_of_its_own_of_the_best_model_there_is(capfd, monkeypatch, tmp_path):
