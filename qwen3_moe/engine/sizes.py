@@ -32,7 +32,8 @@ def bytes_in_memory(directory: str | Path, dtype: torch.dtype | str | None = Non
 def count_bytes(config: Config, files: CheckpointFiles, dtype: torch.dtype | str | None, active: bool,
                 place: Place | None = None) -> int:
     """`bytes_in_memory` of files that are open already, or of the share that a process holds."""
-    compute, dense, experts, shares = compute_dtype(config, files, dtype), 0, 0, Shares(config, files, place)
+    dense, experts, shares = 0, 0, Shares(config, files, place)
+    compute = compute_dtype(config, files, None if place and dtype in BITS else dtype)  # shares are never rounded here
     for name, (_, shape, stored, *_) in files.tensors.items():
         is_scale = name.endswith("_scale_inv")
         if is_scale and dtype is not None:
@@ -42,7 +43,7 @@ def count_bytes(config: Config, files: CheckpointFiles, dtype: torch.dtype | str
         count = (shares.count_weights if is_packed and dtype is not None else shares.count)(name)
         size = count * (stored if as_stored else compute).itemsize
         if dtype in BITS and is_rounded(name, shape):
-            size = count * BITS[dtype] // 8 + shape[0] * (shape[1] // GROUP if dtype == "int4" else 1) * 2 + 16
+            size = count * BITS[dtype] // 8 + (count // GROUP if dtype == "int4" else shape[0]) * 2 + 16
         dense, experts = (dense, experts + size) if ".experts." in name else (dense + size, experts)
     used, every = count_experts(config)
     return dense + (experts * used // every if active else experts)
