@@ -135,6 +135,7 @@ class InThisProcess:
 
     def __init__(self, folder, package, arguments, who, **how):
         self.program, self.process = contender.Ours(str(folder), "cpu", package), SimpleNamespace(pid=os.getpid())
+        self.processes = [self.process]
         self.started = {"load": 0.1, "first": 0.2, "seconds": 1.0, "anonymous": 0}
 
     def ask(self, **task) -> dict:
