@@ -200,6 +200,11 @@ def test_a_neighbour_is_noticed():
     (["-m", "Qwen3-Tiny", "--json", "none/x.json"], "--json none/x.json: not a file in a folder that exists"),
     (["-m", "Qwen3-MoE-Tiny", "--compile", "-d", "cpu"], "--compile needs a GPU for qwen3_moe"),
     (["-m", "Qwen3-Tiny", "--compile", "--tricks"], "--compile goes with the usual measurement and with --plot only"),
+    (["-m", "Qwen3-Tiny", "--ranks", "1"], "--ranks 1: expected 2 or more"),
+    (["-m", "Qwen3-Tiny", "--ranks", "3", "-d", "cpu"], "3 processes cannot share 6 query heads and 2 key heads"),
+    (["-m", "Qwen3-Tiny", "--ranks", "2", "-d", "cuda:1"], "-d cuda:1 is one device, and 2 ranks want one each"),
+    (["-m", "Qwen3-Tiny", "--ranks", "2", "--against", "transformers"], "--ranks compares with one process"),
+    (["-m", "Qwen3-Tiny", "--ranks", "99", "-d", "cuda"], "--ranks 99: each has a GPU of its own"),
     (["--rounds", "0"], "at least one"), (["-m", "Qwen3-Tiny", "--speculative"], "is for deepseek_v3")])
 def test_mistakes_are_one_sentence(monkeypatch, capsys, arguments, wrong):
     monkeypatch.setattr(machine, "read_bandwidth", lambda device: 1e9)
@@ -207,6 +212,30 @@ def test_mistakes_are_one_sentence(monkeypatch, capsys, arguments, wrong):
     assert benchmark.main(arguments) == 2
     error = capsys.readouterr().err
     assert wrong in error and "Traceback" not in error and error.startswith("benchmark: ") and len(error) < 300
+
+
+def test_torchrun_starts_no_second_benchmark(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert benchmark.main(["-m", "Qwen3-Tiny"]) == 2
+    assert "--ranks N starts N processes with one model by itself" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_ranks_beside_one_process(monkeypatch, capsys, tmp_path):
+    """A token takes two sums a layer, one for the embedding and one for the head."""
+    monkeypatch.setattr(machine, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(machine, "matrix_rate", lambda device: (1e9, torch.bfloat16))
+    monkeypatch.setattr(machine, "BUSY", 1e9)
+    out = tmp_path / "out.json"
+    assert benchmark.main(["-m", "Qwen3-Tiny", "--ranks", "2", "-d", "cpu", "--rounds", "1", "--prefill", "9",
+                           "--decode", "5", "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"decode 5( +[\d,.]+ tok/s){2} +[\d.]+ \(.*\) +12 +[\d.]+ ms, +\d+%\n", printed), printed
+    assert re.search(r"A sum of 0.6 kB, as of one token, takes [\d,]+ µs by itself \(gloo\)", printed), printed
+    results = json.loads(out.read_text())["results"]
+    for label in ("prefill 9", "decode 5"):
+        (alone,), (two,) = (results[label][name] for name in ("1 process", "2 ranks"))
+        assert "sums" not in alone and two["sums"] == 12 and 0 < two["in_sums"] < two["seconds"]
 
 
 def test_the_published_shapes_are_listed(capsys):

@@ -91,11 +91,10 @@ class Ours:
         self.flags = {"compiled": True} if compiled else {}
         # Compiled, they are parts of a graph, where no clock is.
         self.sums = Sums(self.device) if self.processes.ranks() > 1 and not compiled else None
-        self.in_sums: list[tuple[float, int]] = []
 
-    def take_sums(self) -> None:
-        """Of a prompt or a token that is done."""
-        self.in_sums.append(self.sums.take() if self.sums else (0.0, 0))
+    def take_sums(self) -> tuple[float, int]:
+        """(seconds, how many) in the prompt or token that is done now."""
+        return self.sums.take() if self.sums else (0.0, 0)
 
     def ids(self, prompt: list[int], count: int) -> list[int]:
         return list(self.generate.generate(self.model, prompt, max_new_tokens=count, **self.flags))
@@ -105,11 +104,13 @@ class Ours:
         cache = self.generate.new_cache(self.model, context + count + 1)
         for tensor in cache.tensors:
             tensor.normal_(generator=torch.Generator(self.device).manual_seed(0))
+        self.in_sums = []
+        self.take_sums()  # of what was before
         cache.length, times, last = context, [], time.perf_counter()
         for _ in self.generate.generate(self.model, [1] * (context + 1), max_new_tokens=count, cache=cache,
                                         **self.flags):
             times.append(time.perf_counter() - last)
-            self.take_sums()
+            self.in_sums.append(self.take_sums())
             last = time.perf_counter()
         return times
 
@@ -118,10 +119,11 @@ class Ours:
         if self.processes.ranks() == 1:
             return {}
         x = torch.zeros(1, 1, self.model.config.hidden_size, device=self.device)
+        all_reduce = self.sums.all_reduce if self.sums else dist.all_reduce
         for warm in (True, False):
             start = time.perf_counter()
             for _ in range(20 if warm else count):
-                dist.all_reduce(x)
+                all_reduce(x)
             synchronize(self.device)
         return {"seconds": (time.perf_counter() - start) / count, "bytes": x.nbytes}
 
@@ -198,42 +200,40 @@ class Transformers:
         return times
 
 
-def median(times: list[float]) -> float:
+def median(times: list):
     return sorted(times)[len(times) // 2]
 
 
-def sums_of(taken: list[tuple[float, int]]) -> dict:
-    """Of a prompt or a token: seconds in sums over the ranks, and how many; nothing where there were none."""
-    if not any(count for _, count in taken):
-        return {}
-    return {"in_sums": median([seconds for seconds, _ in taken]), "sums": taken[-1][1]}
+def typical(times: list[float], in_sums: list[tuple[float, int]]) -> dict:
+    """The one that took the median time, and its sums over the ranks, if there were any."""
+    seconds, (spent, count) = median(list(zip(times, in_sums or [(0.0, 0)] * len(times))))
+    return {"seconds": seconds} | ({"in_sums": spent, "sums": count} if count else {})
 
 
 def work(program, task: dict) -> dict:
     """One task of one program -> what was measured: seconds, bytes or ids."""
     seeded = torch.Generator().manual_seed(0)
     prompt = torch.randint(program.vocabulary, (task["context"] or 1,), generator=seeded).tolist()
-    in_sums = getattr(program, "in_sums", [])
-    in_sums.clear()
+    take_sums = getattr(program, "take_sums", lambda: (0.0, 0))
     if task["do"] == "ids":
         return {"ids": program.ids(prompt, task["count"])}
     if task["do"] == "sum":
         return program.sum_alone()
     if task["do"] == "prefill":
-        times = []
+        times, in_sums = [], []
         for _ in range(max(1, min(3, 2048 // len(prompt)))):
+            take_sums()  # of what was before
             with Peak() as peak:
                 start = time.perf_counter()
                 program.ids(prompt, 1)
                 synchronize(program.device)
                 times.append(time.perf_counter() - start)
-            if hasattr(program, "take_sums"):
-                program.take_sums()
-        return {"seconds": median(times), "anonymous": peak.most} | sums_of(in_sums)
+            in_sums.append(take_sums())
+        return {"anonymous": peak.most} | typical(times, in_sums)
     if task["do"] == "decode":
         # Without the first two steps, which allocate buffers and may compile.
         times = program.token_times(task["context"], task["count"] + 2)[2:]
-        return {"seconds": median(times)} | sums_of(in_sums[2:])
+        return typical(times, getattr(program, "in_sums", [])[2:])
     if task["do"] == "batch":
         return program.batch(task["context"], task["rows"], task["count"])
     return program.speculation(task["context"], task["count"])
