@@ -95,6 +95,14 @@ def test_the_table_and_the_plot():
     assert lines["prefill 100"][:6] == ["500.0", "tok/s", "1000.0", "tok/s", "50%", "250.0"]
     assert lines["decode 1000"][:6] == ["2.5", "tok/s", "5.0", "tok/s", "50%", "1.2"]
     assert lines["decode 1000"][-2] == "2.00"
+    two = [{"seconds": 0.2, "in_sums": 0.05, "sums": 12}]
+    ranks = {"decode 1000": {"1 process": [{"seconds": 0.4}], "2 ranks": two},
+             "sum 0": {"2 ranks": [{"seconds": 2e-5, "bytes": 4096}]}}
+    lines = report.shared(ranks, "1 process", "2 ranks", "gloo")
+    assert lines[1].split() == "decode 1000 2.5 tok/s 5.0 tok/s 2.00 (2.00-2.00) 12 50.00 ms, 25%".split()
+    assert lines[3] == "A sum of 4.1 kB, as of one token, takes 20 µs by itself (gloo)."
+    del ranks["decode 1000"]["1 process"]  # too large for one
+    assert report.shared(ranks, "1 process", "2 ranks", "gloo")[1].split()[2:5] == ["-", "5.0", "tok/s"]
     two = {"decode 1000": {"ours": [{"seconds": 0.2}]}, "decode 2000": {"ours": [{"seconds": 0.5}]}}
     plot = report.growth(work, two, limits)
     assert "300.0 ms" in plot[2] and "3.00 GB" in plot[2] and plot[2].count("█") > plot[1].count("█")

@@ -236,6 +236,8 @@ def test_the_loss_is_that_of_the_whole_logits(package):
         if package == "deepseek_v3":  # from token t + 1 and the state of t: the logits for t + 2
             second = F.cross_entropy(model.mtp(ids[:, 1:], hidden[:, :-1]).flatten(0, 1), targets[:, 1:].flatten())
             torch.testing.assert_close(training.second_token_loss(model, ids, hidden, targets), second)
+            both = training.Training(model, [], lambda step: None, mixed=False).losses(ids, targets)
+            torch.testing.assert_close(both, (expected, expected + training.MTP * second))
 
 
 def test_the_balance_loss_by_hand():

@@ -216,6 +216,10 @@ def ranks(folder: Path, work: Work, arguments: argparse.Namespace, tasks: list[d
              "the threads of one process")
     rivals = {"1 process": {"compiled": arguments.compile},
               name: {"compiled": arguments.compile, "ranks": arguments.ranks}}
+    free = import_module(f"{work.package}.weights").free_memory(torch.device(arguments.device))
+    if arguments.device == "cuda" and free is not None and work.file_bytes > free:
+        del rivals["1 process"]
+        note(f"note: a GPU has {size(free)} free, the weights are {size(work.file_bytes)}: only ranks are measured")
     results = compete(folder, work, arguments, rivals, [*tasks, {"do": "sum", "context": 0}])
     print("\n".join(shared(results, "1 process", name, backend)))
     return results

@@ -107,19 +107,19 @@ def shared(results: dict, alone: str, ranks: str, backend: str) -> list[str]:
     for label in results:
         if label.split()[0] not in ("prefill", "decode"):
             continue
-        mine, theirs = rates(results, label, ranks), rates(results, label, alone)
-        text = f"{label:16}{median(theirs):>11,.1f} tok/s{median(mine):>11,.1f} tok/s   "
-        text += f"{'{:.2f} ({:.2f}-{:.2f})'.format(*ratios(mine, theirs)):22}"
+        mine, theirs = (rates(results, label, name) if name in results[label] else [] for name in (ranks, alone))
+        text = f"{label:16}" + (f"{median(theirs):>11,.1f} tok/s" if theirs else f"{'-':>17}")
+        ratio = "{:.2f} ({:.2f}-{:.2f})".format(*ratios(mine, theirs)) if theirs else ""
+        text += f"{median(mine):>11,.1f} tok/s   {ratio:22}"
         if "sums" in (last := results[label][ranks][-1]):
             spent = [one["in_sums"] for one in results[label][ranks]]
             share = median([one["in_sums"] / one["seconds"] for one in results[label][ranks]])
             text += f"{last['sums']:>5}{1000 * median(spent):>12,.2f} ms, {share:>4.0%}"
         lines.append(text.rstrip())
     every = results["sum 0"][ranks]
-    lines.append(f"\nA sum of {every[0]['bytes'] / 1e3:.1f} kB, as of one token, takes "
-                 f"{1e6 * median([one['seconds'] for one in every]):,.0f} µs by itself ({backend}). The time in sums is "
-                 "that of the first rank, and it waits there for slower ones.")
-    return lines
+    time = 1e6 * median([one["seconds"] for one in every])
+    return [*lines, "", f"A sum of {every[0]['bytes'] / 1e3:.1f} kB, as of one token, takes {time:,.0f} µs by itself "
+            f"({backend}).", "The time in sums is that of the first rank, which waits there for slower ones."]
 
 
 def growth(work: Work, results: dict, limits: dict) -> list[str]:
