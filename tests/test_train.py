@@ -304,6 +304,21 @@ def test_a_batch_is_learned_by_heart(package, tmp_path):
     assert losses[0] == pytest.approx(math.log(run.model.config.vocab_size), rel=0.05) and losses[-1] < 1.0
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_muon_in_float32_is_pytorchs_apart_from_its_bfloat16(shape):
+    """To a hundredth, the size of bfloat16's roundings, after several steps."""
+    torch.manual_seed(0)
+    start, gradients, ends = torch.randn(shape), [torch.randn(shape) for _ in range(3)], []
+    for muon in (torch.optim.Muon, training.MuonInFloat32):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = muon([weight], lr=1e-2, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        ends.append(weight.detach())
+    assert (ends[1] - ends[0]).norm() < 0.03 * (ends[0] - start).norm()
+
+
 def test_the_schedule_climbs_and_falls():
     factors = [training.schedule(step, 500) for step in range(500)]
     assert factors[0] == 1 / 50 and factors[49] == 1 == max(factors) and factors[-1] == pytest.approx(1 / 450)

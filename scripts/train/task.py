@@ -172,4 +172,4 @@ def optimizers_of(plan: Plan, model: torch.nn.Module) -> list[torch.optim.Optimi
         small = sum(p.numel() for p in model.parameters()) < 50e6
         default = (5e-3 if small else 5e-4) if plan.lora else (2e-3 if small else 3e-5)
         return adamw(model, plan.rate or default)
-    return muon_and_adamw(model, plan.rate or LEARNING_RATE[plan.package])
+    return muon_and_adamw(model, plan.rate or LEARNING_RATE[plan.package], plan.mixed)
