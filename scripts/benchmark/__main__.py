@@ -40,7 +40,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
          help="one model in N processes, each with a share of it, against one process, and the time in their sums")
     what("--batch", type=int, metavar="N",
          help="many prompts, N at a time: rows that are refilled, against slices that end with their longest answer")
-    add("--answers", type=int, default=1000, metavar="N", help="the longest answer of --batch; default 1000")
+    add("--answers", type=int, default=300, metavar="N", help="the longest answer of --batch; default 300")
     add("--json", type=Path, metavar="FILE", help="write every single result there")
     return parser.parse_args(words)
 
