@@ -95,6 +95,14 @@ def test_the_table_and_the_plot():
     assert lines["prefill 100"][:6] == ["500.0", "tok/s", "1000.0", "tok/s", "50%", "250.0"]
     assert lines["decode 1000"][:6] == ["2.5", "tok/s", "5.0", "tok/s", "50%", "1.2"]
     assert lines["decode 1000"][-2] == "2.00"
+    two = [{"seconds": 0.2, "in_sums": 0.05, "sums": 12}]
+    ranks = {"decode 1000": {"1 process": [{"seconds": 0.4}], "2 ranks": two},
+             "sum 0": {"2 ranks": [{"seconds": 2e-5, "bytes": 4096}]}}
+    lines = report.shared(ranks, "1 process", "2 ranks", "gloo")
+    assert lines[1].split() == "decode 1000 2.5 tok/s 5.0 tok/s 2.00 (2.00-2.00) 12 50.00 ms, 25%".split()
+    assert lines[3] == "A sum of 4.1 kB, as of one token, takes 20 µs by itself (gloo)."
+    del ranks["decode 1000"]["1 process"]  # too large for one
+    assert report.shared(ranks, "1 process", "2 ranks", "gloo")[1].split()[2:5] == ["-", "5.0", "tok/s"]
     two = {"decode 1000": {"ours": [{"seconds": 0.2}]}, "decode 2000": {"ours": [{"seconds": 0.5}]}}
     plot = report.growth(work, two, limits)
     assert "300.0 ms" in plot[2] and "3.00 GB" in plot[2] and plot[2].count("█") > plot[1].count("█")
@@ -135,6 +143,7 @@ class InThisProcess:
 
     def __init__(self, folder, package, arguments, who, **how):
         self.program, self.process = contender.Ours(str(folder), "cpu", package), SimpleNamespace(pid=os.getpid())
+        self.processes = [self.process]
         self.started = {"load": 0.1, "first": 0.2, "seconds": 1.0, "anonymous": 0}
 
     def ask(self, **task) -> dict:
@@ -199,6 +208,11 @@ def test_a_neighbour_is_noticed():
     (["-m", "Qwen3-Tiny", "--json", "none/x.json"], "--json none/x.json: not a file in a folder that exists"),
     (["-m", "Qwen3-MoE-Tiny", "--compile", "-d", "cpu"], "--compile needs a GPU for qwen3_moe"),
     (["-m", "Qwen3-Tiny", "--compile", "--tricks"], "--compile goes with the usual measurement and with --plot only"),
+    (["-m", "Qwen3-Tiny", "--ranks", "1"], "--ranks 1: expected 2 or more"),
+    (["-m", "Qwen3-Tiny", "--ranks", "3", "-d", "cpu"], "3 processes cannot share 6 query heads and 2 key heads"),
+    (["-m", "Qwen3-Tiny", "--ranks", "2", "-d", "cuda:1"], "-d cuda:1 is one device, and 2 ranks want one each"),
+    (["-m", "Qwen3-Tiny", "--ranks", "2", "--against", "transformers"], "--ranks compares with one process"),
+    (["-m", "Qwen3-Tiny", "--ranks", "99", "-d", "cuda"], "--ranks 99: each has a GPU of its own"),
     (["--rounds", "0"], "at least one"), (["-m", "Qwen3-Tiny", "--speculative"], "is for deepseek_v3")])
 def test_mistakes_are_one_sentence(monkeypatch, capsys, arguments, wrong):
     monkeypatch.setattr(machine, "read_bandwidth", lambda device: 1e9)
@@ -206,6 +220,30 @@ def test_mistakes_are_one_sentence(monkeypatch, capsys, arguments, wrong):
     assert benchmark.main(arguments) == 2
     error = capsys.readouterr().err
     assert wrong in error and "Traceback" not in error and error.startswith("benchmark: ") and len(error) < 300
+
+
+def test_torchrun_starts_no_second_benchmark(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert benchmark.main(["-m", "Qwen3-Tiny"]) == 2
+    assert "--ranks N starts N processes with one model by itself" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_ranks_beside_one_process(monkeypatch, capsys, tmp_path):
+    """A token takes two sums a layer, one for the embedding and one for the head."""
+    monkeypatch.setattr(machine, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(machine, "matrix_rate", lambda device: (1e9, torch.bfloat16))
+    monkeypatch.setattr(machine, "BUSY", 1e9)
+    out = tmp_path / "out.json"
+    assert benchmark.main(["-m", "Qwen3-Tiny", "--ranks", "2", "-d", "cpu", "--rounds", "1", "--prefill", "9",
+                           "--decode", "5", "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"decode 5( +[\d,.]+ tok/s){2} +[\d.]+ \(.*\) +12 +[\d.]+ ms, +\d+%\n", printed), printed
+    assert re.search(r"A sum of 0.6 kB, as of one token, takes [\d,]+ µs by itself \(gloo\)", printed), printed
+    results = json.loads(out.read_text())["results"]
+    for label in ("prefill 9", "decode 5"):
+        (alone,), (two,) = (results[label][name] for name in ("1 process", "2 ranks"))
+        assert "sums" not in alone and two["sums"] == 12 and 0 < two["in_sums"] < two["seconds"]
 
 
 def test_the_published_shapes_are_listed(capsys):

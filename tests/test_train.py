@@ -236,6 +236,8 @@ def test_the_loss_is_that_of_the_whole_logits(package):
         if package == "deepseek_v3":  # from token t + 1 and the state of t: the logits for t + 2
             second = F.cross_entropy(model.mtp(ids[:, 1:], hidden[:, :-1]).flatten(0, 1), targets[:, 1:].flatten())
             torch.testing.assert_close(training.second_token_loss(model, ids, hidden, targets), second)
+            both = training.Training(model, [], lambda step: None, mixed=False).losses(ids, targets)
+            torch.testing.assert_close(both, (expected, expected + training.MTP * second))
 
 
 def test_the_balance_loss_by_hand():
@@ -300,6 +302,21 @@ def test_a_batch_is_learned_by_heart(package, tmp_path):
     run.training.batch = lambda step: batch
     losses = [run.training.run_step(10) for _ in range(10)]
     assert losses[0] == pytest.approx(math.log(run.model.config.vocab_size), rel=0.05) and losses[-1] < 1.0
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_muon_in_float32_is_pytorchs_apart_from_its_bfloat16(shape):
+    """To a hundredth, the size of bfloat16's roundings, after several steps."""
+    torch.manual_seed(0)
+    start, gradients, ends = torch.randn(shape), [torch.randn(shape) for _ in range(3)], []
+    for muon in (torch.optim.Muon, training.MuonInFloat32):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = muon([weight], lr=1e-2, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        ends.append(weight.detach())
+    assert (ends[1] - ends[0]).norm() < 0.03 * (ends[0] - start).norm()
 
 
 def test_the_schedule_climbs_and_falls():

@@ -2,6 +2,7 @@
 
     uv run python -m scripts.benchmark            the default checkpoint of qwen3
     uv run --group reference python -m scripts.benchmark --shape qwen3-30b-a3b --layers 6 --against transformers
+    uv run python -m scripts.benchmark --ranks 2            one model in two processes, which it starts itself
 
 A shape is a published config with random weights, written under checkpoints/random/ the first time. Ours and the peer
 run in processes of their own, in turn, so that both see the same machine. A disturbed measurement is repeated.
@@ -10,6 +11,8 @@ run in processes of their own, in turn, so that both see the same machine. A dis
 import argparse
 import sys
 from pathlib import Path
+
+from qwen3.engine import processes
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -33,9 +36,11 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     what("--plot", action="store_true", help="what a token costs as the context doubles, up to 32768 if it fits")
     what("--tricks", action="store_true", help="what each trick buys: ours against ours without it")
     what("--speculative", action="store_true", help="tokens a second with drafts and without (deepseek_v3)")
+    what("--ranks", type=int, metavar="N",
+         help="one model in N processes, each with a share of it, against one process, and the time in their sums")
     what("--batch", type=int, metavar="N",
          help="many prompts, N at a time: rows that are refilled, against slices that end with their longest answer")
-    add("--answers", type=int, default=1000, metavar="N", help="the longest answer of --batch; default 1000")
+    add("--answers", type=int, default=300, metavar="N", help="the longest answer of --batch; default 300")
     add("--json", type=Path, metavar="FILE", help="write every single result there")
     return parser.parse_args(words)
 
@@ -43,6 +48,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> int:
     arguments = parse(words)
     try:
+        if processes.started() > 1:
+            raise ValueError("torchrun has started several benchmarks, which would measure one another; leave it out: "
+                             "--ranks N starts N processes with one model by itself")
         from .measure import measure  # after parse, so that --help does not wait for torch
 
         measure(arguments)
@@ -60,4 +68,5 @@ def main(words: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.be_quiet()
+    sys.exit(processes.leave(main()))

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,8 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+
+from qwen3.engine.processes import LOST
 
 from . import machine
 from .report import Work
@@ -29,21 +32,37 @@ def progress(text: str) -> None:
 
 
 class Contender:
-    """A process of contender.py."""
+    """A process of contender.py, or several that share a model. The first is asked, and tells the others."""
 
-    def __init__(self, folder: Path, package: str, arguments: argparse.Namespace, who: str = "ours", **how):
+    def __init__(self, folder: Path, package: str, arguments: argparse.Namespace, who: str = "ours", ranks: int = 1,
+                 **how):
+        threads = arguments.threads
+        if ranks > 1 and arguments.device == "cpu":  # together as many as one process has
+            threads = max(1, (threads or torch.get_num_threads()) // ranks)
         how = {"who": who, "folder": str(folder.resolve()), "package": package, "device": arguments.device,
-               "threads": arguments.threads, **how}
+               "threads": threads, **how}
+        command = [sys.executable, "-m", f"{__package__}.contender", json.dumps(how)]
         self.name, self.errors, start = who, tempfile.TemporaryFile("w+"), time.perf_counter()
-        self.process = subprocess.Popen([sys.executable, "-m", f"{__package__}.contender", json.dumps(how)], cwd=ROOT,
-                                        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
-        self.started = self.answer() | {"seconds": time.perf_counter() - start}
+        pipes = {"text": True, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+        self.processes = []
+        try:
+            for rank, variables in enumerate(variables_of(ranks)):
+                self.processes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | variables,
+                                                       stderr=self.errors, **(quiet if rank else pipes)))
+            self.process = self.processes[0]
+            self.started = self.answer() | {"seconds": time.perf_counter() - start}
+        except BaseException:
+            self.stop()
+            raise
 
     def answer(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
             self.errors.seek(0)
-            raise ValueError(f"{self.name} ended: {(self.errors.read().strip() or 'no message').splitlines()[-1]}")
+            said = [line for line in self.errors.read().splitlines() if line.strip() and not line.startswith(" ")]
+            own = [line for line in said if not LOST.search(line)]  # and not that another rank has ended
+            raise ValueError(f"{self.name} ended: {(own or said or ['no message'])[-1]}")
         return json.loads(line)
 
     def ask(self, **task) -> dict:
@@ -51,8 +70,23 @@ class Contender:
         return self.answer()
 
     def stop(self) -> None:
-        self.process.kill()
-        self.process.communicate()
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.communicate()
+
+
+def variables_of(ranks: int) -> list[dict[str, str]]:
+    """What torchrun would set for each of several processes on this machine; nothing for one."""
+    if ranks == 1:
+        return [{}]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if sys.platform == "linux":  # the name of the machine may lead elsewhere, or nowhere
+        shared["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    return [{name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            for rank in range(ranks)]
 
 
 class Patience:
@@ -95,7 +129,7 @@ def compete(folder: Path, work: Work, arguments: argparse.Namespace, rivals: dic
     next one starts. Otherwise pages of the file would be evicted and read from the disk again, which is slow.
     """
     results: dict[str, dict[str, list[dict]]] = {}
-    free = import_module(f"{work.package}.weights").free_memory(torch.device("cpu"))
+    free = import_module(f"{work.package}.weights").free_memory(torch.device(arguments.device))
     together = free is None or (len(rivals) + 1) * work.file_bytes < free
     for round_ in range(1, arguments.rounds + 1):
         for group in [rivals] if together else [{name: how} for name, how in rivals.items()]:
@@ -106,7 +140,7 @@ def compete(folder: Path, work: Work, arguments: argparse.Namespace, rivals: dic
                     arguments.patience.wait()
                     running[name] = Contender(folder, work.package, arguments, **how)
                     results.setdefault("start", {}).setdefault(name, []).append(running[name].started)
-                processes = [contender.process.pid for contender in running.values()]
+                processes = [process.pid for contender in running.values() for process in contender.processes]
                 for task in tasks:
                     label = f"{task['do']} {task['context']}"
                     for name, contender in running.items():

@@ -11,7 +11,7 @@ import torch
 
 from . import machine, shapes
 from .compete import ROOT, Patience, compete, note, progress
-from .report import Work, growth, rates, ratios, size, table
+from .report import Work, growth, rates, ratios, shared, size, table
 from .tricks import TRICKS, Trick
 
 PREFILL, DECODE, PLOT = (512, 4096), (32, 4096), 32768
@@ -75,7 +75,28 @@ def can_compile(work: Work, device: str) -> bool:
     return work.package == "qwen3" or device != "cpu"  # needs experts in stacks
 
 
-def check(arguments: argparse.Namespace, work: Work) -> None:
+def check_ranks(arguments: argparse.Namespace, work: Work, folder: Path) -> None:
+    """ValueError where so many processes cannot share the checkpoint, or this machine."""
+    n, device = arguments.ranks, arguments.device
+    if n < 2:
+        raise ValueError(f"--ranks {n}: expected 2 or more; one process is measured beside them")
+    if arguments.against:
+        raise ValueError("--ranks compares with one process, --against with another program: one of them at a time")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"-d {device[:40]} is one device, and {n} ranks want one each: -d cuda, or -d cpu")
+    if device == "cuda" and torch.cuda.device_count() < n:
+        raise ValueError(f"--ranks {n}: each has a GPU of its own, and this machine has {torch.cuda.device_count()}; "
+                         "-d cpu shares its cores")
+    shares, parallel, prepare = (import_module(f"{work.package}.engine.{name}") for name in (
+        "shares", "parallel", "prepare"))
+    config, files = prepare.read_checkpoint(folder)
+    for rank in range(n):
+        each = shares.Shares(config, files, parallel.Place(rank, n))
+        for name in files.tensors:
+            each.of(name)
+
+
+def check(arguments: argparse.Namespace, work: Work, folder: Path) -> None:
     """ValueError for what cannot be measured, before minutes are spent on it."""
     if arguments.speculative and work.package != "deepseek_v3":
         raise ValueError("--speculative is for deepseek_v3, whose MTP module can draft")
@@ -89,6 +110,8 @@ def check(arguments: argparse.Namespace, work: Work) -> None:
     if arguments.compile and not can_compile(work, arguments.device):
         raise ValueError(f"--compile needs a GPU for {work.package}, whose experts are in stacks only there; leave it "
                          "out")
+    if arguments.ranks is not None:
+        check_ranks(arguments, work, folder)
     if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.parent.is_dir()):
         raise ValueError(f"--json {arguments.json}: not a file in a folder that exists")
 
@@ -116,7 +139,7 @@ def measure(arguments: argparse.Namespace) -> None:
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name, folder = find(arguments)
     work = Work.of(folder)
-    check(arguments, work)
+    check(arguments, work, folder)
     count = 48 if arguments.device.startswith("cuda") else 16
     room = work.context_length - count - 3  # tokens before the measured ones; the first measured ones warm up
     prefill = contexts("--prefill", arguments.prefill, PREFILL, work.context_length - 1)
@@ -167,6 +190,8 @@ def measure(arguments: argparse.Namespace) -> None:
               f"{arguments.batch} at a time: {median(slices):,.1f} tok/s in slices, "
               f"{median(refilled):,.1f} tok/s refilled, "
               "{:.2f} times as many ({:.2f}-{:.2f})".format(*ratios(refilled, slices)))
+    elif arguments.ranks:
+        results = ranks(folder, work, arguments, tasks)
     else:
         peer = {arguments.against: {"who": arguments.against}} if arguments.against else {}
         ids = {"do": "ids", "context": 32, "count": 8}
@@ -181,6 +206,23 @@ def measure(arguments: argparse.Namespace) -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps({"name": name, "machine": where, "limits": limits, "work": asdict(work),
                                               "results": results}))
+
+
+def ranks(folder: Path, work: Work, arguments: argparse.Namespace, tasks: list[dict]) -> dict:
+    """One model in several processes against one process, with the time that they spend in their sums."""
+    name, backend = f"{arguments.ranks} ranks", "gloo" if arguments.device == "cpu" else "nccl"
+    if arguments.device == "cpu":
+        note("note: ranks on one CPU share its cores and its memory, so that little is gained; each gets its part of "
+             "the threads of one process")
+    rivals = {"1 process": {"compiled": arguments.compile},
+              name: {"compiled": arguments.compile, "ranks": arguments.ranks}}
+    free = import_module(f"{work.package}.weights").free_memory(torch.device(arguments.device))
+    if arguments.device == "cuda" and free is not None and work.file_bytes > free:
+        del rivals["1 process"]
+        note(f"note: a GPU has {size(free)} free, the weights are {size(work.file_bytes)}: only ranks are measured")
+    results = compete(folder, work, arguments, rivals, [*tasks, {"do": "sum", "context": 0}])
+    print("\n".join(shared(results, "1 process", name, backend)))
+    return results
 
 
 def tricks(folder: Path, work: Work, arguments: argparse.Namespace, count: int, room: int) -> dict:

@@ -104,6 +104,27 @@ def table(work: Work, results: dict, limits: dict, peer: str | None) -> list[str
     return lines
 
 
+def shared(results: dict, alone: str, ranks: str, backend: str) -> list[str]:
+    """One process beside several that share the model, and what these spend in the sums of a prompt or a token."""
+    lines = [f"{'':16}{alone:>17}{ranks:>17}   {'ratio (least-most)':22}{'sums':>5}{'time in them':>21}"]
+    for label in results:
+        if label.split()[0] not in ("prefill", "decode"):
+            continue
+        mine, theirs = (rates(results, label, name) if name in results[label] else [] for name in (ranks, alone))
+        text = f"{label:16}" + (f"{median(theirs):>11,.1f} tok/s" if theirs else f"{'-':>17}")
+        ratio = "{:.2f} ({:.2f}-{:.2f})".format(*ratios(mine, theirs)) if theirs else ""
+        text += f"{median(mine):>11,.1f} tok/s   {ratio:22}"
+        if "sums" in (last := results[label][ranks][-1]):
+            spent = [one["in_sums"] for one in results[label][ranks]]
+            share = median([one["in_sums"] / one["seconds"] for one in results[label][ranks]])
+            text += f"{last['sums']:>5}{1000 * median(spent):>12,.2f} ms, {share:>4.0%}"
+        lines.append(text.rstrip())
+    every = results["sum 0"][ranks]
+    time = 1e6 * median([one["seconds"] for one in every])
+    return [*lines, "", f"A sum of {every[0]['bytes'] / 1e3:.1f} kB, as of one token, takes {time:,.0f} µs by itself "
+            f"({backend}).", "The time in sums is that of the first rank, which waits there for slower ones."]
+
+
 def growth(work: Work, results: dict, limits: dict) -> list[str]:
     """What a token costs by context, as a table and a plot: time against the bytes that it reads."""
     times = {int(label.split()[1]): 1000 * median([one["seconds"] for one in every["ours"]])

@@ -1,5 +1,7 @@
 """Train a small model from nothing, or fine-tune a checkpoint: uv run python -m scripts.train qwen3 --minutes 10
 
+    uv run torchrun --nproc-per-node 2 -m scripts.train qwen3 --minutes 10        in two processes (together.py)
+
 Without --data it learns what the embedded checkpoints know: a glossary of language models, small talk, and sums. Every
 minute it answers the same three questions. Ctrl-C stops it, and the same command goes on where it stopped.
 """
@@ -8,7 +10,10 @@ import argparse
 import importlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
+
+from qwen3.engine import processes
 
 from .configs import KINDS, STEPS
 
@@ -54,7 +59,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--compile", dest="compiled", action="store_true",
         help="torch.compile the layers, of a mixture all but the experts: faster, after a minute; needs a C++ compiler")
     add("-d", "--device", default="cpu", help="default cpu; a GPU, such as cuda, is faster for real checkpoints")
-    add("--threads", type=positive, metavar="N", help="default: PyTorch's choice")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
+        help="of the matmuls; default bfloat16. Weights are trained in float32 always")
+    add("--threads", type=positive, metavar="N", help="of each process; default: PyTorch's choice")
     add("--evaluate-only", action="store_true", help="measure the embedded checkpoint, or the one in --output")
     return parser.parse_args(words)
 
@@ -70,10 +77,14 @@ def find_source(arguments: argparse.Namespace) -> Path | None:
 def train(arguments: argparse.Namespace) -> int:
     from . import learn, task
 
+    memory, ranks = importlib.import_module("qwen3.engine.memory"), processes.ranks()
     name = KINDS[arguments.package][0]
     folder = arguments.output or ROOT / "checkpoints" / f"my-{name}"
     source = find_source(arguments)
-    importlib.import_module(f"{arguments.package}.engine.memory").find_device(arguments.device)
+    if ranks > 1 and arguments.device not in ("cpu", "cuda"):
+        raise ValueError(f"-d {arguments.device[:40]} is one device, and there are {ranks} processes; -d cuda gives "
+                         "each a GPU of its own")
+    memory.find_device(arguments.device)  # from now on "cuda" is this process's
     if arguments.lora and not source:
         raise ValueError("--lora changes a checkpoint that is there: name it with --from")
     if source and not arguments.data:
@@ -84,36 +95,58 @@ def train(arguments: argparse.Namespace) -> int:
         arguments.package, None if arguments.steps else arguments.minutes or 10.0, arguments.steps, arguments.seed,
         arguments.data and str(arguments.data), task.digest(arguments.data), source and str(source), arguments.lora,
         arguments.rate, arguments.tokens or (512 if arguments.lora else 1024 if source else 4096), arguments.compiled,
-        arguments.threads or learn.torch.get_num_threads(), arguments.device)
+        arguments.threads or learn.torch.get_num_threads(), arguments.device, arguments.dtype)
+    processes.check_alike("flags and data", replace(plan, threads=0))
+    processes.share_models(None)  # each has a whole one, and a part of the batch
     return learn.learn(plan, folder, arguments.replace, arguments.restart)
 
 
+def complain(text: str, lost: bool = False) -> int:
+    """One sentence why the program ends, said by one process; the exit code."""
+    if (who := processes.who_speaks(lost)) is not None:
+        print(f"train{who}: {text[:290]}", file=sys.stderr)
+    return 2
+
+
 def main(words: list[str] | None = None) -> int:
+    """The program, which torchrun may have started several times: what is typed after its name -> the exit code."""
     arguments = parse(words)
     try:
         if arguments.evaluate_only:
+            if processes.started() > 1:
+                raise ValueError("--evaluate-only is for one process; start it without torchrun")
             from .evaluate import show_table  # after parse, so that --help does not wait for torch
 
             show_table(arguments.package, arguments.output or ROOT / "checkpoints" / KINDS[arguments.package][0])
             return 0
+        processes.join()
         return train(arguments)
     except ModuleNotFoundError as error:
-        print(f"train: {error}; `uv run python -m scripts.train` installs what it needs", file=sys.stderr)
-        return 2
+        return complain(f"{error}; `uv run python -m scripts.train` installs what it needs")
+    except BrokenPipeError:  # `| head` has seen enough
+        return processes.dismiss()
     except (ValueError, OSError, RuntimeError) as error:
+        if processes.is_lost(error):
+            return complain("another process has ended; its own message, if it left one, says why", lost=True)
         sentence, *_ = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"train: {sentence[:290]}", file=sys.stderr)
-        return 2
+        return complain(sentence)
+    except Exception as error:
+        if processes.started() == 1:
+            raise
+        return complain(f"internal error, please report it with your command: {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":
+    processes.be_quiet()
     try:
         code = main()
         sys.stdout.flush()
+    except SystemExit as exit_:  # a flag that is none
+        code = exit_.code
     except KeyboardInterrupt:
         print(file=sys.stderr)
         code = 130
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    sys.exit(code)
+    sys.exit(processes.leave(code))

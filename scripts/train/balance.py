@@ -6,6 +6,8 @@ Left alone, an expert that is rarely chosen rarely learns, so it is chosen even 
 import torch
 from torch import Tensor, nn
 
+from .together import summed
+
 
 def routers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ == "Router"]
@@ -37,10 +39,14 @@ class BalanceLoss:
 
 
 def balance_loss(probabilities: Tensor, topk_ids: Tensor) -> Tensor:
-    """E · Σ_e f_e · P_e of one layer; probabilities (n, E), topk_ids (n, A) -> scalar."""
-    E = probabilities.shape[-1]
-    f = torch.bincount(topk_ids.flatten(), minlength=E) / topk_ids.numel()
-    return E * (f * probabilities.mean(0)).sum()
+    """E · Σ_e f_e · P_e of one layer; probabilities (n, E), topk_ids (n, A) -> scalar.
+
+    Of several processes each has a part: f is counted over all of their tokens, P summed over its own.
+    """
+    E, A = probabilities.shape[-1], topk_ids.shape[-1]
+    counts = summed(torch.bincount(topk_ids.flatten(), minlength=E))
+    f, P = counts / counts.sum(), probabilities.sum(0) * A / counts.sum()
+    return E * (f * P).sum()
 
 
 class BalanceBias:
@@ -62,5 +68,5 @@ class BalanceBias:
     def update(self, speed: float) -> None:
         """`speed`: the size of the step, the same for every expert that is off the mean (V3's gamma)."""
         for router, topk_ids in self.topk_ids.items():
-            counts = torch.bincount(topk_ids.flatten(), minlength=len(router.weight)).float()
+            counts = summed(torch.bincount(topk_ids.flatten(), minlength=len(router.weight))).float()
             router.e_score_correction_bias += speed * (counts.mean() - counts).sign()

@@ -13,7 +13,7 @@ from qwen3.tokenizer import END_THINK  # noqa: F401, I001  before torch: see qwe
 
 import torch
 
-from . import checkpoint, data, grade, lora, show, state
+from . import checkpoint, data, grade, lora, show, state, together
 from .configs import KINDS
 from .own_data import Conversation, read_data
 from .task import Plan, Task, check_trainable, make_model, optimizers_of
@@ -24,18 +24,18 @@ TIMED = 20  # steps from which the number of steps is worked out
 
 
 class Run:
-    """One training in a folder, with what is remembered of it."""
+    """One training in a folder, with what is remembered of it. Of several processes only the first writes there."""
 
     def __init__(self, plan: Plan, folder: Path):
-        torch.manual_seed(plan.seed)
         torch.set_num_threads(plan.threads)  # other numbers of threads add up in other orders
         self.plan, self.folder = plan, folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self.task = Task(plan, folder)
+        self.task = make_task(plan, folder)
+        torch.manual_seed(plan.seed)
         self.model = make_model(plan, folder)
-        self.training = Training(self.model, optimizers_of(plan, self.model), self.task.batch)
-        self.steps, self.losses, self.asked = plan.steps, [], []
-        self.dtype = self.model.model.norm.weight.dtype if plan.lora else self.stored_dtype()
+        together.like_first(p.data for p in self.model.parameters() if p.requires_grad)
+        self.training = Training(self.model, optimizers_of(plan, self.model), self.task.batch, plan.mixed)
+        self.steps, self.losses, self.asked, self.stopped = plan.steps, [], [], []
+        self.dtype = self.model.model.norm.weight.dtype if plan.lora and plan.mixed else self.stored_dtype()
 
     def stored_dtype(self) -> torch.dtype:
         config = self.model.config
@@ -46,11 +46,15 @@ class Run:
         state.load_state(self.training, self.folder)
 
     def save(self) -> None:
-        notes = {"plan": asdict(self.plan), "steps": self.steps, "losses": self.losses, "asked": self.asked}
-        state.save_state(self.training, notes, self.folder)
+        if together.is_first():
+            notes = {"plan": asdict(self.plan), "processes": together.ranks(), "steps": self.steps,
+                     "losses": self.losses, "asked": self.asked}
+            state.save_state(self.training, notes, self.folder)
 
     def ask(self) -> None:
         """The three questions, printed with the answers of the model as it is now."""
+        if not together.is_first():
+            return
         answers = [self.task.answer(self.model, question, thinking)
                    for question, thinking in self.task.questions()]
         self.asked.append((self.training.step, answers))
@@ -65,39 +69,51 @@ class Run:
         print(end="", flush=True)
 
     def find_steps(self) -> None:
-        """Work out how many steps fit into the minutes from the first ones; from then on the number is fixed."""
+        """Work out how many steps fit into the minutes from the first ones; from then on the number is fixed.
+
+        After Ctrl-C it is left open.
+        """
         for T in self.task.lengths:  # once without a step, since the first pass of each length takes longer
             batch = data.batch(self.task.rows, 0, 0, {T: 1}, self.plan.tokens)
             self.training.losses(*(ids.to(self.plan.device) for ids in batch))[1].backward()
         started = time.monotonic()
         while self.training.step < TIMED:
+            if self.is_stopped():
+                return
             self.one_step(10**9)
-        each = (time.monotonic() - started) / TIMED
+        each = together.of_first(lambda: (time.monotonic() - started) / TIMED)
         self.steps = max(TIMED, round(self.plan.minutes * 60 * 0.95 / each))  # the rest is for the questions
         print(f"a step takes {each:.2f} s: {self.steps:,} steps", flush=True)
 
     def one_step(self, steps: int) -> None:
         self.losses.append(round(self.training.run_step(steps), 5))
 
+    def is_stopped(self) -> bool:
+        """Whether Ctrl-C came, to one of the processes: all end after the same step."""
+        return together.any_of(bool(self.stopped))
+
     def go_on(self) -> bool:
         """Train to the end, asking every minute; False if Ctrl-C came."""
-        with after_this_step() as stopped:
+        with after_this_step() as self.stopped:
             if self.steps is None:
                 self.find_steps()
+                if self.steps is None:
+                    return False  # what was saved before the first step is enough
                 self.save()
             clock, began, first = show.Clock(), time.monotonic(), self.training.step
-            while self.training.step < self.steps and not stopped:
+            while not (stopped := self.is_stopped()) and self.training.step < self.steps:
                 self.one_step(self.steps)
                 done = self.training.step
                 left = (time.monotonic() - began) / max(done - first, 1) * (self.steps - done)
                 show.progress(f"step {done:,} of {self.steps:,}   loss {recent(self.losses):.3f}   "
                               f"{show.minutes(left)} left   Ctrl-C: stop, and go on later")
-                if clock.rings():
+                if together.is_first() and clock.rings():  # the others wait in the next step
                     with clock.paused():
                         self.ask()
                         self.save()
             if stopped:
                 self.save()
+                together.wait()  # for the file, before one of them ends and torchrun ends all
             return not stopped
 
     def finish(self) -> None:
@@ -137,22 +153,29 @@ def after_this_step() -> Iterator[list[bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+def make_task(plan: Plan, folder: Path) -> Task:
+    """The task, in every process; the first writes its files. ValueError where so many cannot share its steps."""
+    if together.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        task = Task(plan, folder)
+        together.wait()
+    else:
+        together.wait()
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{folder}, where the first process writes, is not seen here; give all machines a folder "
+                             "that they share with --output")
+        task = Task(plan, folder)
+    together.check_rows(task.lengths, plan.tokens)
+    return task
+
+
 def learn(plan: Plan, folder: Path, replace: bool, restart: bool) -> int:
     """Begin, or go on with what is unfinished in `folder`; 0, or 130 after Ctrl-C."""
-    notes = None if restart else state.read_notes(folder)
-    if notes:
-        check_plan(plan, notes["plan"], folder)
-    elif (folder / "config.json").exists():
-        if not replace and not (restart and (folder / state.NAME).exists()):
-            raise ValueError(f"{folder} holds a checkpoint: --replace writes over it, --output names another folder")
-        check_before(plan)  # the old one stays if the new one cannot begin
-        remove_old(folder)
-    else:
-        check_before(plan)
-    run = Run(plan, folder)
+    notes = together.of_first(lambda: begin(plan, folder, replace, restart))
+    run, ranks = Run(plan, folder), together.ranks()
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     print(f"{folder.name}: {sum(p.numel() for p in run.model.parameters()):,} parameters, {trained:,} of them trained, "
-          f"{plan.threads} threads", flush=True)
+          + (f"{ranks} processes, each with " if ranks > 1 else "") + f"{plan.threads} threads", flush=True)
     if notes:
         run.resume(notes)
         print(f"going on after step {run.training.step:,}" + (f" of {run.steps:,}" if run.steps else ""), flush=True)
@@ -160,16 +183,38 @@ def learn(plan: Plan, folder: Path, replace: bool, restart: bool) -> int:
         run.ask()
         run.save()  # so that the same command goes on, whenever it is killed
     if not run.go_on():
-        print(f"\nstopped after step {run.training.step:,} of {run.steps:,}; the same command goes on")
+        after = f"after step {run.training.step:,} of {run.steps:,}" if run.steps else "before its steps were counted"
+        print(f"\nstopped {after}; the same command goes on")
         return 130
-    run.finish()
-    compare(run)
+    if together.is_first():
+        run.finish()
+        compare(run)
     return 0
 
 
-def check_plan(plan: Plan, old: dict, folder: Path) -> None:
-    """ValueError where an unfinished training was begun with other settings."""
-    new = asdict(plan)
+def begin(plan: Plan, folder: Path, replace: bool, restart: bool) -> dict | None:
+    """What an unfinished training wrote down, or None and room for a new one. ValueError where neither can be."""
+    notes = None if restart else state.read_notes(folder)
+    if notes:
+        check_plan(plan, notes, folder)
+    elif (folder / "config.json").exists():
+        if not replace and not (restart and (folder / state.NAME).exists()):
+            raise ValueError(f"{folder} holds a checkpoint: --replace writes over it, --output names another folder")
+        check_before(plan)  # the old one stays if the new one cannot begin
+        remove_old(folder)
+    else:
+        check_before(plan)
+    return notes
+
+
+def check_plan(plan: Plan, notes: dict, folder: Path) -> None:
+    """ValueError where an unfinished training was begun with other settings.
+
+    In another number of processes it may go on: sums are rounded otherwise then, as by other numbers of threads.
+    """
+    new, old = asdict(plan), {"dtype": Plan.dtype} | notes["plan"]  # which older notes lack
+    if notes.get("processes", 1) != together.ranks():
+        del new["threads"]
     differing = [f"{key} {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key]]
     if differing:
         raise ValueError(f"{folder} holds an unfinished training with other settings ({'; '.join(differing)[:120]}): "
@@ -182,6 +227,8 @@ def check_before(plan: Plan) -> None:
         read_data(Path(plan.data))
     if plan.source:
         check_trainable(plan)
+    if not plan.data:
+        together.check_rows(data.ROWS, plan.tokens)
 
 
 def remove_old(folder: Path) -> None:

@@ -21,10 +21,10 @@ def lora_class(package: str) -> type[nn.Module]:
     class LoRALinear(Linear):
         def __init__(self, linear: nn.Module, r: int, scale: float):
             nn.Module.__init__(self)  # not Linear's: the weight is the old one and no new
-            out_features, in_features = linear.weight.shape
+            (out_features, in_features), device = linear.weight.shape, linear.weight.device
             self.weight, self.scale = linear.weight.requires_grad_(False), scale
-            self.lora_A = nn.Parameter(torch.randn(r, in_features) / in_features ** 0.5)
-            self.lora_B = nn.Parameter(torch.zeros(out_features, r))
+            self.lora_A = nn.Parameter((torch.randn(r, in_features) / in_features ** 0.5).to(device))
+            self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device))
 
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + (x @ self.lora_A.T @ self.lora_B.T) * self.scale

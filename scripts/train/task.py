@@ -14,6 +14,7 @@ from . import checkpoint, data, lora, own_data
 from .configs import KINDS, LEARNING_RATE
 from .corpus import Corpus
 from .faster import fuse_long_rows, pad_rows
+from .together import is_first, on_this_machine
 from .training import adamw, muon_and_adamw
 
 ANSWER = 80  # tokens of an answer that is shown, at most
@@ -35,6 +36,12 @@ class Plan:
     compiled: bool
     threads: int
     device: str = "cpu"
+    dtype: str = "bfloat16"  # of the matmuls
+
+    @property
+    def mixed(self) -> bool:
+        """Are matmuls in another type than the weights?"""
+        return self.dtype == "bfloat16"
 
 
 def digest(path: Path | None) -> str | None:
@@ -62,7 +69,7 @@ class Task:
         if not self.text and self.tokenizer.format is None:
             raise ValueError(f"{plan.source} has no chat format to write questions and answers in: it continues text; "
                              "give --data a text, or start from an instruct model")
-        if plan.source:
+        if plan.source and is_first():
             checkpoint.copy_small(Path(plan.source), folder)
         self.turns = None if self.text else data.Turns(self.tokenizer)
         self.lengths, self.rows = data.ROWS, partial(data.of_corpus, self.corpus, self.turns)
@@ -112,19 +119,19 @@ class Task:
                   tokenizer.chat([{"role": "user", "content": question}], thinking))
         device, _, _ = self.plan.device.partition(":")
         # A cache and no gradients would be another thing to compile.
-        with torch.autocast(device, torch.bfloat16), torch.compiler.set_stance("force_eager"):
+        with torch.autocast(device, torch.bfloat16, enabled=self.plan.mixed), torch.compiler.set_stance("force_eager"):
             ids = list(self.module("generate").generate(model, prompt, max_new_tokens=length or ANSWER,
                                                         stop_ids=model.config.eos_token_id))
         return " ".join(tokenizer.decode(ids).rpartition(END_THINK)[2].split())
 
 
 def make_model(plan: Plan, folder: Path) -> torch.nn.Module:
-    """From nothing, or from a checkpoint: in float32 to train all of it, in its own type to train LoRA."""
+    """From nothing, or from a checkpoint: in float32 to train all of it, in its own type to train LoRA beside it."""
     module = importlib.import_module
     if not plan.source:
         model = checkpoint.new_model(folder, plan.package).to(plan.device)
     else:
-        weights, dtype = module(f"{plan.package}.weights"), None if plan.lora else torch.float32
+        weights, dtype = module(f"{plan.package}.weights"), None if plan.lora and plan.mixed else torch.float32
         model = weights.load_model(plan.source, plan.device, dtype, engine=False)
     if plan.lora:
         lora.add_lora(model, plan.package, plan.lora)
@@ -147,13 +154,16 @@ def check_trainable(plan: Plan) -> None:
     with torch.device("meta"):
         model = importlib.import_module(f"{plan.package}.model").Model(config)
     parameters = sum(p.numel() for p in model.parameters())
-    # Full: a float32 weight, its gradient and AdamW's two means. LoRA: the weight in its own type.
-    needed = parameters * (2 if plan.lora else 16)
+    # Full: a float32 weight, its gradient and AdamW's two means. LoRA: the weight in its own type, or in float32.
+    needed = parameters * ((2 if plan.mixed else 4) if plan.lora else 16)
+    here = on_this_machine() if plan.device == "cpu" else 1
+    needed *= here
     free = importlib.import_module(f"{plan.package}.weights").free_memory(torch.device(plan.device))
     if free is not None and needed > free:
         cure = "take a smaller checkpoint" if plan.lora else "--lora 8 takes an eighth of it"
-        raise ValueError(f"{Path(plan.source).name}: training {parameters / 1e9:.1f} billion parameters takes more "
-                         f"than {needed / 1e9:.1f} GB, and {plan.device} has {free / 1e9:.1f} GB free; {cure}")
+        each = f" in {here} processes" if here > 1 else ""
+        raise ValueError(f"{Path(plan.source).name}: training {parameters / 1e9:.1f} billion parameters{each} takes "
+                         f"more than {needed / 1e9:.1f} GB, and {plan.device} has {free / 1e9:.1f} GB free; {cure}")
 
 
 def optimizers_of(plan: Plan, model: torch.nn.Module) -> list[torch.optim.Optimizer]:
@@ -162,4 +172,4 @@ def optimizers_of(plan: Plan, model: torch.nn.Module) -> list[torch.optim.Optimi
         small = sum(p.numel() for p in model.parameters()) < 50e6
         default = (5e-3 if small else 5e-4) if plan.lora else (2e-3 if small else 3e-5)
         return adamw(model, plan.rate or default)
-    return muon_and_adamw(model, plan.rate or LEARNING_RATE[plan.package])
+    return muon_and_adamw(model, plan.rate or LEARNING_RATE[plan.package], plan.mixed)
