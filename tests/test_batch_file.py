@@ -17,6 +17,7 @@ import torch
 
 from tests.packages import PACKAGES, module
 from tests.test_generate import made
+from tests.test_processes import torchrun
 
 ROOT = Path(__file__).parents[1]
 WAYS = [{}, {"temperature": 0.8, "top_k": 7}, {"temperature": 1.1, "top_p": 0.9, "repetition_penalty": 1.2},
@@ -560,6 +561,28 @@ def test_torchrun_starts_replicas_too(tmp_path, capfd, package="deepseek_v3"):
     _, said = process.communicate(timeout=100)
     assert process.returncode == 1 and said.count(f"{package}: torchrun has started 2 processes: with "
                                                   "--data-parallel 2 each answers a part") == 1
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_model_answer_as_one_does(tmp_path, capfd):
+    """Also where one is killed and the same command goes on, now with the prompts from a pipe."""
+    ways = {}, {"temperature": 0}, {"repetition_penalty": 1.2, "top_k": 9}
+    lines = [json.dumps({"prompt": QUESTIONS[i % 7]} | ways[i % 3]) for i in range(60)]
+    prompts, out, one = (tmp_path / name for name in ("prompts.jsonl", "answers.jsonl", "one.jsonl"))
+    prompts.write_text("\n".join(lines))
+    words = command("qwen3", "-o", out, "--batch-size", "4")[1:]
+    with torchrun(*words, "--batch", str(prompts)) as run:
+        wait_for(lambda: answered(out) > 9)
+        os.kill(run.rank(1), signal.SIGKILL)
+        assert run.process.wait(20) != 0
+        wait_for(lambda: run.children() == [], 5)
+        assert " of 60 answers are kept; the same command goes on\n" in run.process.stderr.read()
+    left = 60 - answered(out)
+    assert 0 < left <= 50 and not out.exists()
+    code, printed, said = torchrun(*words, "--batch", "-", stdin=subprocess.PIPE).end(prompts.read_text())
+    assert (code, printed) == (0, "") and said.count(f"\n{left} answers, ") == 1, said
+    assert batch("qwen3", "--batch", prompts, "-o", one, "-t", "1", "--seed", "5", "-n", "30") == 0
+    assert out.read_text() == one.read_text()
 
 
 @pytest.mark.slow

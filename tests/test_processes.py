@@ -179,6 +179,9 @@ def test_whoever_is_killed_takes_all_along(tmp_path, who):
         while run.children() and time.monotonic() < until:
             time.sleep(0.2)
         assert run.children() == []
+        said = sentences(run.process.stderr.read())
+        assert [line.partition(": another process has ended")[0] for line in said] == {
+            "torchrun": [], "rank 0": ["qwen3, rank 1"], "rank 1": ["qwen3"]}[who]
 
 
 # One process in trouble

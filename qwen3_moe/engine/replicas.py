@@ -226,7 +226,7 @@ def take_part(conversation: Conversation, notes: Iterable[str]) -> None:
     try:
         if arguments.data_parallel != world:
             raise ValueError(f"torchrun has started {world} processes: with --data-parallel {world} each answers a "
-                             "part of the prompts")
+                             "part of the prompts, and without it they share one model")
         job = Job(conversation).check(progress("checking prompt"))
         job.say(notes)
         output = find_output(job)
