@@ -6,7 +6,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,9 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests import warm
 from tests.packages import PACKAGES, module
 from tests.test_generate import made
-from tests.test_processes import torchrun
+from tests.test_processes import sentences, torchrun
 
 ROOT = Path(__file__).parents[1]
 WAYS = [{}, {"temperature": 0.8, "top_k": 7}, {"temperature": 1.1, "top_p": 0.9, "repetition_penalty": 1.2},
@@ -489,16 +489,15 @@ def test_the_line_of_progress(monkeypatch, capsys):
 # Several processes
 
 def command(package: str, *flags: str | Path) -> list[str]:
-    return [sys.executable, "-m", f"{package}.main", "-m", str(ROOT / "checkpoints" / PACKAGES[package]), "--dtype",
-            "float32", "-t", "1", "--seed", "5", "-n", "30", *map(str, flags)]
+    return ["-m", f"{package}.main", "-m", str(ROOT / "checkpoints" / PACKAGES[package]), "--dtype", "float32", "-t",
+            "1", "--seed", "5", "-n", "30", *map(str, flags)]
 
 
-def started(words: list[str], **more) -> subprocess.Popen:
-    return subprocess.Popen(words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE,
-                            stdout=subprocess.PIPE, text=True, **more)
+def started(words: list[str]) -> warm.Program:
+    return warm.start(words, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def children(process: subprocess.Popen) -> list[int]:
+def children(process: warm.Program) -> list[int]:
     lists = [path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/children")]
     return [int(number) for one in lists for number in one.split()]
 
@@ -550,14 +549,14 @@ def test_each_replica_gets_a_gpu_of_its_own(monkeypatch):
 def test_torchrun_starts_replicas_too(tmp_path, capfd, package="deepseek_v3"):
     prompts, out = write_prompts(tmp_path, 30), tmp_path / "two.jsonl"
     words = command(package, "--batch", prompts, "-o", out, "--data-parallel", "2")
-    process = started([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *words[1:]])
+    process = started(["-m", "torch.distributed.run", "--nproc-per-node", "2", *words])
     printed, said = process.communicate(timeout=100)
     assert process.returncode == 0 and printed == "" and said.count("30 answers, ") == 1, said
     assert batch(package, "--batch", prompts, "-o", tmp_path / "one.jsonl", "-t", "1", "--seed", "5", "-n",
                  "30") == 0
     assert out.read_text() == (tmp_path / "one.jsonl").read_text()
-    process = started([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *words[1:], "--restart",
-                       "--data-parallel", "3"])
+    process = started(["-m", "torch.distributed.run", "--nproc-per-node", "2", *words, "--restart", "--data-parallel",
+                       "3"])
     _, said = process.communicate(timeout=100)
     assert process.returncode == 1 and said.count(f"{package}: torchrun has started 2 processes: with "
                                                   "--data-parallel 2 each answers a part") == 1
@@ -570,16 +569,18 @@ def test_processes_that_share_a_model_answer_as_one_does(tmp_path, capfd):
     lines = [json.dumps({"prompt": QUESTIONS[i % 7]} | ways[i % 3]) for i in range(60)]
     prompts, out, one = (tmp_path / name for name in ("prompts.jsonl", "answers.jsonl", "one.jsonl"))
     prompts.write_text("\n".join(lines))
-    words = command("qwen3", "-o", out, "--batch-size", "4")[1:]
+    words = command("qwen3", "-o", out, "--batch-size", "4")
     with torchrun(*words, "--batch", str(prompts)) as run:
         wait_for(lambda: answered(out) > 9)
         os.kill(run.rank(1), signal.SIGKILL)
         assert run.process.wait(20) != 0
         wait_for(lambda: run.children() == [], 5)
-        assert " of 60 answers are kept; the same command goes on\n" in run.process.stderr.read()
+        said = run.process.stderr.read()
+    assert " of 60 answers are kept; the same command goes on\n" in said
+    assert [line.partition(": another process has ended")[0] for line in sentences(said)] == ["qwen3"], said
     left = 60 - answered(out)
     assert 0 < left <= 50 and not out.exists()
-    code, printed, said = torchrun(*words, "--batch", "-", stdin=subprocess.PIPE).end(prompts.read_text())
+    code, printed, said = torchrun(*words, "--batch", "-", stdin=warm.PIPE).end(prompts.read_text())
     assert (code, printed) == (0, "") and said.count(f"\n{left} answers, ") == 1, said
     assert batch("qwen3", "--batch", prompts, "-o", one, "-t", "1", "--seed", "5", "-n", "30") == 0
     assert out.read_text() == one.read_text()
