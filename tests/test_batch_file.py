@@ -464,6 +464,8 @@ def test_fewer_prompts_at_a_time_where_memory_is_short(tmp_path, capfd, monkeypa
     assert len(capfd.readouterr().out.splitlines()) == 8
     assert batch("qwen3", "--batch", prompts, "-n", "1500", "--batch-size", "16") == 2
     assert "Qwen3-Tiny needs" in capfd.readouterr().err
+    monkeypatch.setattr(job_module, "of_all", lambda size: [size, 3])  # another, which shares the model, has less room
+    assert batch("qwen3", "--batch", prompts, "-n", "2") == 0 and sizes[1:] == [3]
 
 
 def test_the_line_of_progress(monkeypatch, capsys):

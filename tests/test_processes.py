@@ -241,6 +241,9 @@ def script(tmp_path: Path, trouble: str) -> str:
     "one has others": (
         "if not first: sys.argv[2] = {other!r}", "qwen3: rank 1 has not the checkpoint of rank 0; start the same"),
     "one has another question": ("if not first: sys.argv[4] = 'Who?'", "qwen3: rank 1 has not the device and command"),
+    "one has another flag": (
+        "path = sys.argv[0] + '.txt'\nfirst and open(path, 'w').write('x')\nsys.argv[3:] = ['--batch', path, '-n', "
+        "'2' if first else '3']", "qwen3: rank 1 has not the device, command and prompts of rank 0; start the same"),
     "one has a fault": (
         "if not first: main.load_model = lambda *_, **__: 1 / 0", "qwen3, rank 1: internal error, please report it"),
 }.items(), ids=lambda value: value if isinstance(value, str) else "")
