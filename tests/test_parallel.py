@@ -50,16 +50,26 @@ def run(package: str, folder: str, dtype: str | None = None) -> dict:
     found = {"logits": whole, "sums": sums, "layers": len(model.model.layers), "greedy": answer(),
              "seeded": answer(**seeded), "by chance": answer(**chance, repetition_penalty=1.1),
              "batch": generate.generate_batch(model, [PROMPT, PROMPT[:3]], max_new_tokens=5),
+             "refilled by chance": refilled(package, model, {}, seeded | {"repetition_penalty": 1.3}, chance),
              "bytes": sum(weight.nbytes for weight in model.parameters()),
              "counted": weights.bytes_in_memory(folder, dtype),
              "cached": sum(tensor.nbytes for tensor in generate.new_cache(model, 1).tensors),
              "counted cache": module(package, "engine.sizes").cache_bytes_per_token(model.config, whole.dtype),
              "types": Counter(weight.dtype for weight in model.parameters())}
+    found["refilled"] = found["refilled by chance"][:2]  # what is greedy or has a seed
     if getattr(model.config, "num_nextn_predict_layers", 0):
         found["layers"] -= 1  # the draft layer, which the logits do not need
         found["drafted"] = answer(**seeded, speculative=True)
         found["drafted by chance"] = answer(**chance, speculative=True)
     return found
+
+
+def refilled(package: str, model: torch.nn.Module, *ways: dict) -> list[tuple[int, list[int]]]:
+    """A prompt for each of these settings, two at a time: (which, its tokens) in the order in which they end."""
+    continuous = module(package, "engine.continuous")
+    every = [continuous.Request(PROMPT[:6 - number], 2 + number, way, number) for number, way in enumerate(ways)]
+    return [(row.request.index, row.ids) for _, ended in continuous.continuous_batch(
+        model, every, rows=2, capacity=12) for row in ended]
 
 
 def run_all(checkpoints: list[tuple]) -> list[dict]:
@@ -88,9 +98,9 @@ def compare(ranks: int, checkpoints: list[tuple]) -> int:
             assert other["sums"] == [torch.float32] * (2 * one["layers"] + 2)  # two a layer, embedding, head
             assert other["bytes"] == other["counted"] and other["cached"] == other["counted cache"]
             assert other["types"] == one["types"]
-            for what in ("greedy", "seeded", "batch", "drafted"):
+            for what in ("greedy", "seeded", "batch", "refilled", "drafted"):
                 assert other.get(what) == one.get(what), (checkpoint, what)
-            for what in ("by chance", "drafted by chance"):
+            for what in ("by chance", "refilled by chance", "drafted by chance"):
                 assert other.get(what) == first.get(what), (checkpoint, what)
     return ran
 
