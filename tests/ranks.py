@@ -5,7 +5,6 @@ They meet at a file and not at a port, and talk over the loopback interface, so 
 
 import os
 import pickle
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -13,22 +12,19 @@ from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.warm import DEVNULL, ROOT, start  # noqa: F401
+
 ALONE = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def run_on(n: int, function: Callable, *arguments, timeout: float = 300) -> list:
     """What `function(*arguments)` returns on each of n ranks. The other processes find it by module and name."""
     with tempfile.TemporaryDirectory() as folder:
-        job = pickle.dumps((function.__module__, function.__name__, arguments))
+        Path(folder, "job").write_bytes(pickle.dumps((function.__module__, function.__name__, arguments)))
         env = os.environ | ALONE | {"WORLD_SIZE": str(n)}
-        ranks = [subprocess.Popen([sys.executable, "-m", "tests.ranks", folder], stdin=subprocess.PIPE, cwd=ROOT,
-                                  env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                                  stderr=Path(folder, f"{rank}.err").open("wb")) for rank in range(n)]
+        ranks = [start(["-m", "tests.ranks", folder], env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                       stdout=DEVNULL, stderr=Path(folder, f"{rank}.err").open("wb")) for rank in range(n)]
         try:
-            for process in ranks:  # all get their job before one is waited for
-                process.stdin.write(job)
-                process.stdin.close()
             codes = [process.wait(timeout) for process in ranks]
         finally:
             for process in ranks:
@@ -48,7 +44,7 @@ def main() -> None:
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     dist.init_process_group("gloo", f"file://{folder}/store", timeout=timedelta(seconds=60), rank=rank,
                             world_size=int(os.environ["WORLD_SIZE"]))
-    module, name, arguments = pickle.load(sys.stdin.buffer)
+    module, name, arguments = pickle.loads((folder / "job").read_bytes())
     result = getattr(import_module(module), name)(*arguments)
     (folder / f"{rank}.out").write_bytes(pickle.dumps(result))
     dist.barrier()

@@ -6,7 +6,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,8 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests import warm
 from tests.packages import PACKAGES, module
 from tests.test_generate import made
+from tests.test_processes import all_by_hand, sentences, torchrun
 
 ROOT = Path(__file__).parents[1]
 WAYS = [{}, {"temperature": 0.8, "top_k": 7}, {"temperature": 1.1, "top_p": 0.9, "repetition_penalty": 1.2},
@@ -463,6 +464,12 @@ def test_fewer_prompts_at_a_time_where_memory_is_short(tmp_path, capfd, monkeypa
     assert len(capfd.readouterr().out.splitlines()) == 8
     assert batch("qwen3", "--batch", prompts, "-n", "1500", "--batch-size", "16") == 2
     assert "Qwen3-Tiny needs" in capfd.readouterr().err
+    others = ["no room", None]  # another, which shares the model, has room for half as many
+    monkeypatch.setattr(job_module, "of_all", lambda error: [error, others.pop(0)])
+    assert batch("qwen3", "--batch", prompts, "-n", "2") == 0 and sizes[1:] == [4] and others == []
+    others.append("Qwen3-Tiny needs more there")
+    assert batch("qwen3", "--batch", prompts, "-n", "2", "--batch-size", "2") == 2 and others == []
+    assert "qwen3: Qwen3-Tiny needs more there" in capfd.readouterr().err
 
 
 def test_the_line_of_progress(monkeypatch, capsys):
@@ -488,16 +495,15 @@ def test_the_line_of_progress(monkeypatch, capsys):
 # Several processes
 
 def command(package: str, *flags: str | Path) -> list[str]:
-    return [sys.executable, "-m", f"{package}.main", "-m", str(ROOT / "checkpoints" / PACKAGES[package]), "--dtype",
-            "float32", "-t", "1", "--seed", "5", "-n", "30", *map(str, flags)]
+    return ["-m", f"{package}.main", "-m", str(ROOT / "checkpoints" / PACKAGES[package]), "--dtype", "float32", "-t",
+            "1", "--seed", "5", "-n", "30", *map(str, flags)]
 
 
-def started(words: list[str], **more) -> subprocess.Popen:
-    return subprocess.Popen(words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE,
-                            stdout=subprocess.PIPE, text=True, **more)
+def started(words: list[str]) -> warm.Program:
+    return warm.start(words, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def children(process: subprocess.Popen) -> list[int]:
+def children(process: warm.Program) -> list[int]:
     lists = [path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/children")]
     return [int(number) for one in lists for number in one.split()]
 
@@ -549,69 +555,85 @@ def test_each_replica_gets_a_gpu_of_its_own(monkeypatch):
 def test_torchrun_starts_replicas_too(tmp_path, capfd, package="deepseek_v3"):
     prompts, out = write_prompts(tmp_path, 30), tmp_path / "two.jsonl"
     words = command(package, "--batch", prompts, "-o", out, "--data-parallel", "2")
-    process = started([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *words[1:]])
+    process = started(["-m", "torch.distributed.run", "--nproc-per-node", "2", *words])
     printed, said = process.communicate(timeout=100)
     assert process.returncode == 0 and printed == "" and said.count("30 answers, ") == 1, said
     assert batch(package, "--batch", prompts, "-o", tmp_path / "one.jsonl", "-t", "1", "--seed", "5", "-n",
                  "30") == 0
     assert out.read_text() == (tmp_path / "one.jsonl").read_text()
-    process = started([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *words[1:], "--restart",
-                       "--data-parallel", "3"])
-    _, said = process.communicate(timeout=100)
-    assert process.returncode == 1 and said.count(f"{package}: torchrun has started 2 processes: with "
-                                                  "--data-parallel 2 each answers a part") == 1
+    codes, _, said = all_by_hand([*words, "--restart", "--data-parallel", "3"])
+    assert codes == [2, 2] and "".join(said).count(f"{package}: torchrun has started 2 processes: with "
+                                                   "--data-parallel 2 each answers a part") == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package, replicas, count", [("qwen3", "1", 200), ("qwen3", "2", 400),
-                                                      ("deepseek_v3", "2", 200)])
-def test_five_kills_lose_nothing_and_nothing_is_done_twice(tmp_path, package, replicas, count, capfd):
-    """Kills of the program alone (its replicas end by themselves), of one replica, and Ctrl-C."""
+def test_processes_that_share_a_model_answer_as_one_does(tmp_path, capfd):
+    """Also where one is killed and the same command goes on, now with the prompts from a pipe."""
+    ways = {}, {"temperature": 0}, {"repetition_penalty": 1.2, "top_k": 9}
+    lines = [json.dumps({"prompt": QUESTIONS[i % 7]} | ways[i % 3]) for i in range(32)]
+    prompts, out, one = (tmp_path / name for name in ("prompts.jsonl", "answers.jsonl", "one.jsonl"))
+    prompts.write_text("\n".join(lines))
+    words = command("qwen3", "-o", out, "--batch-size", "4")
+    with torchrun(*words, "--batch", str(prompts)) as run:
+        wait_for(lambda: answered(out) > 9)
+        os.kill(run.rank(1), signal.SIGKILL)
+        assert run.process.wait(20) != 0
+        wait_for(lambda: run.children() == [], 5)
+        said = run.process.stderr.read()
+    assert " of 32 answers are kept; the same command goes on\n" in said
+    assert [line.partition(": another process has ended")[0] for line in sentences(said)] == ["qwen3"], said
+    left = 32 - answered(out)
+    assert 0 < left <= 22 and not out.exists()
+    codes, printed, said = all_by_hand([*words, "--batch", "-"], prompts.read_text())
+    assert codes == [0, 0] and printed == ["", ""] and "".join(said).count(f"\n{left} answers, ") == 1, said
+    assert batch("qwen3", "--batch", prompts, "-o", one, "-t", "1", "--seed", "5", "-n", "30") == 0
+    assert out.read_text() == one.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package, replicas, count, stops", [
+    ("qwen3", "1", 200, "kill kill kill kill Ctrl-C"), ("qwen3", "2", 400, "kill kill kill replica Ctrl-C"),
+    ("deepseek_v3", "2", 100, "replica Ctrl-C")])
+def test_kills_lose_nothing_and_nothing_is_done_twice(tmp_path, package, replicas, count, stops, capfd):
+    """Kills of the program alone (its replicas end by themselves), of one replica first, and Ctrl-C."""
     prompts, out = write_prompts(tmp_path, count), tmp_path / "answers.jsonl"
     words = command(package, "--batch", prompts, "-o", out, "--data-parallel", replicas)
     before = 0
-    for kill in range(5):
+    for number, stop in enumerate(stops.split()):
         process = started(words)
         wait_for(lambda: process.poll() is not None or answered(out) >= before + count // 8)
-        if process.poll() is not None and kill > 2:  # a quick machine has answered all
+        if process.poll() is not None and number > 2:  # a quick machine has answered all
             before = count
             break
         assert process.poll() is None, process.communicate()
         own = children(process)
         assert len(own) == (2 if replicas == "2" else 0)
-        if kill == 3 and own:
+        if stop == "replica":
             os.kill(own[0], signal.SIGKILL)
             now = answered(out)
             wait_for(lambda: answered(out) > now + 5)  # the other goes on
-        process.send_signal(signal.SIGINT if kill == 4 else signal.SIGKILL)
+        process.send_signal(signal.SIGINT if stop == "Ctrl-C" else signal.SIGKILL)
         _, said = process.communicate(timeout=30)
         wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in own), 10)
-        if kill == 4:
+        if stop == "Ctrl-C":
             assert process.returncode == 130 and "answers are kept; the same command goes on" in said
         before = answered(out)
-        if kill % 2:
+        if number % 2:
             with next(out.parent.glob(f"{out.name}.part*")).open("ab") as file:
                 file.write(b'{"index": 999, "answer": "torn')
     process = started(words)
+    if one_more := package == "qwen3" and replicas == "2" and before < count:
+        wait_for(lambda: answered(out) > before + 9)
+        os.kill(children(process)[1], signal.SIGKILL)  # what it has begun is answered by another
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0 and f"\n{count - before:,} answers, " in said
+    assert ("(exit code -9)" in said) == one_more, said
     found = lines_of(out)
     assert [one["index"] for one in found] == list(range(count)) == [int(one["id"][1:]) for one in found]
     assert list(tmp_path.glob("*.part*")) == []
     assert batch(package, "--batch", prompts, "-o", tmp_path / "one.jsonl", "-t", "1", "--seed", "5", "-n",
                  "30") == 0
     assert out.read_text() == (tmp_path / "one.jsonl").read_text()
-
-
-@pytest.mark.slow
-def test_what_a_killed_replica_has_begun_is_answered_by_another(tmp_path):
-    prompts, out = write_prompts(tmp_path, 300), tmp_path / "answers.jsonl"
-    process = started(command("qwen3", "--batch", prompts, "-o", out, "--data-parallel", "2"))
-    wait_for(lambda: answered(out) > 30)
-    os.kill(children(process)[1], signal.SIGKILL)
-    _, said = process.communicate(timeout=100)
-    assert process.returncode == 0 and "(exit code -9)" in said and "300 answers, " in said, said
-    assert [one["index"] for one in lines_of(out)] == list(range(300))
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 import uuid
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.packages import PACKAGES
 from tests.ranks import ALONE, ROOT
+from tests.warm import DEVNULL, PIPE, start
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="/proc"), pytest.mark.ahead]
 QUESTION = "What is RoPE?"
@@ -29,11 +29,9 @@ ANSWER = "RoPE turns pairs of values in every query and key by angles that grow 
 class Run:
     """`torchrun` or processes that were started by hand, and all of their children."""
 
-    def __init__(self, command: list[str], stdin=subprocess.DEVNULL, **variables: str):
+    def __init__(self, words: list[str], stdin=DEVNULL, **variables: str):
         self.mark = uuid.uuid4().hex
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | ALONE | variables | {"TEST_MARK": self.mark})
+        self.process = start(words, stdin=stdin, env=os.environ | ALONE | variables | {"TEST_MARK": self.mark})
 
     def end(self, typed: str | None = None, timeout: float = 120) -> tuple[int, str, str]:
         """(code, standard output, standard error), when it has ended by itself."""
@@ -64,7 +62,8 @@ class Run:
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 is_dead = (path / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
-                if not is_dead and self.mark.encode() in (path / "environ").read_bytes():
+                is_own = path.name == str(self.process.pid) or self.mark.encode() in (path / "environ").read_bytes()
+                if is_own and not is_dead:
                     found.append(int(path.name))
         return found
 
@@ -84,7 +83,27 @@ def sentences(err: str) -> list[str]:
 
 
 def torchrun(*words: str, ranks: int = 2, **more) -> Run:
-    return Run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *words], **more)
+    return Run(["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *words], **more)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def by_hand(words: list[str], rank: int, port: int, world: int = 2, stdin=DEVNULL, **variables: str) -> Run:
+    """One of several processes, as srun and mpirun start them."""
+    return Run(words, stdin, **{"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
+                                "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+               | variables)
+
+
+def all_by_hand(words: list[str], typed: str | None = None, ranks: int = 2) -> tuple[list, list, list]:
+    """(Codes, standard outputs, standard errors) of all of them."""
+    port = free_port()
+    runs = [by_hand(words, rank, port, ranks, PIPE if rank == 0 else DEVNULL) for rank in range(ranks)]
+    ended = [run.end(typed) for run in runs]
+    return tuple(map(list, zip(*ended)))
 
 
 def talkative(folder: Path) -> Path:
@@ -104,7 +123,7 @@ def goes_on(tmp_path: Path) -> list[str]:
 
 def test_questions_come_from_the_first_process_and_answers_go_out_of_it():
     """Two questions by pipe, and the end of the input instead of /exit: all are told."""
-    run = torchrun("-m", "qwen3.main", "-m", "Qwen3-Tiny", "--chat", stdin=subprocess.PIPE)
+    run = torchrun("-m", "qwen3.main", "-m", "Qwen3-Tiny", "--chat", stdin=PIPE)
     code, out, err = run.end(f"{QUESTION}\n/clear {QUESTION}")
     assert (code, out) == (0, ANSWER * 2), err
     assert err.count("Ctrl-C ends the program") == 1 and err.count("the share of one of 2 processes") == 1
@@ -115,10 +134,10 @@ def test_questions_come_from_the_first_process_and_answers_go_out_of_it():
     ("qwen3", ["-p", QUESTION, "-t", "1", "--seed", "7"], ""), ("qwen3_moe", ["-t", "1", "--seed", "7"], QUESTION),
     ("deepseek_v3", ["-p", "-", "--speculative", "--show-experts"], QUESTION)])
 def test_the_answers_are_those_of_one_process(package, words, stdin):
-    words = [f"{package}.main", "-m", PACKAGES[package], "--dtype", "float32", *words]
-    alone = Run([sys.executable, "-m", *words], stdin=subprocess.PIPE).end(stdin)
-    code, out, err = torchrun("-m", *words, stdin=subprocess.PIPE).end(stdin)
-    assert (code, out) == alone[:2] == (0, out) and len(out) > 20, err
+    words = ["-m", f"{package}.main", "-m", PACKAGES[package], "--dtype", "float32", *words]
+    alone = Run(words, stdin=PIPE).end(stdin)
+    codes, (out, nothing), (err, _) = all_by_hand(words, stdin)
+    assert (codes, out, nothing) == ([0, 0], alone[1], "") and alone[0] == 0 and len(out) > 20, err
     pictures = [[line for line in text.splitlines() if line.startswith("layer")] for text in (err, alone[2])]
     assert pictures[0] == pictures[1] and bool(pictures[0]) == ("--show-experts" in words)
 
@@ -127,21 +146,28 @@ def test_the_answers_are_those_of_one_process(package, words, stdin):
 def test_the_command_of_the_page_prints_what_stands_below_it():
     page = (ROOT / "scripts/parallel/README.md").read_text()
     command, shown = re.search(r"^uv run torchrun (.*qwen3\.main.*)\n```\n```text\n(.*\n)```$", page, re.M).groups()
-    code, out, err = Run([sys.executable, "-m", "torch.distributed.run", *shlex.split(command)]).end()
+    code, out, err = Run(["-m", "torch.distributed.run", *shlex.split(command)]).end()
     assert (code, out) == (0, shown), err
 
 
 @pytest.mark.slow
+def test_a_mistake_is_said_once_and_before_torchrun_speaks():
+    code, out, err = torchrun("-m", "qwen3.main", "--nonsense").end()
+    assert code == 1 and out == ""
+    assert sentences(err) == ["qwen3: unrecognized arguments: --nonsense; --help lists the flags"]
+    assert err.index("--nonsense; --help") < err.index("Traceback")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks, words, sentence", [
-    (2, ["--nonsense"], "qwen3: unrecognized arguments: --nonsense; --help lists the flags"),
     (2, ["-m", "Qwen3-Tiny", "-p", "x", "--plain"], "qwen3: the lesson's own code runs in one process, and there are"),
     (3, ["-m", "Qwen3-Tiny", "-p", "x"], "qwen3: 3 processes cannot share 6 query heads and 2 key heads; start up to")])
-def test_a_mistake_is_said_once_and_before_torchrun_speaks(ranks, words, sentence):
+def test_a_mistake_of_all_is_said_by_one(ranks, words, sentence):
     begun = time.monotonic()
-    code, out, err = torchrun("-m", "qwen3.main", *words, ranks=ranks).end()
-    said = sentences(err)
-    assert code == 1 and out == "" and said[-1].startswith(sentence) and len(said[-1]) < 300
-    assert len(said) == 1 and err.index(said[0]) < err.index("Traceback") and time.monotonic() - begun < 60
+    codes, outs, errs = all_by_hand(["-m", "qwen3.main", *words], ranks=ranks)
+    said = sentences("".join(errs))
+    assert codes[0] == 2 and 0 not in codes and set(outs) == {""} and said == sentences(errs[0]) and len(said) == 1
+    assert said[0].startswith(sentence) and len(said[0]) < 300 and time.monotonic() - begun < 60
 
 
 @pytest.mark.slow
@@ -159,19 +185,21 @@ def test_ctrl_c_ends_all(tmp_path, what):
     if what == "answering":
         run = torchrun(*goes_on(tmp_path))
     else:
-        run = torchrun("-m", "qwen3.main", "-m", "Qwen3-Tiny", "--chat", stdin=subprocess.PIPE)
+        run = torchrun("-m", "qwen3.main", "-m", "Qwen3-Tiny", "--chat", stdin=PIPE)
         run.process.stdin.write(f"{QUESTION}\n")
         run.process.stdin.flush()
     with run.begin():
-        time.sleep(0 if what == "answering" else 5)
+        while what != "answering" and "tok/s" not in run.process.stderr.readline():  # after the answer
+            pass
         run.process.send_signal(signal.SIGINT)
         run.process.wait(5)
         assert run.children() == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("who", ["torchrun", "rank 0", "rank 1"])
+@pytest.mark.parametrize("who", ["torchrun", "rank 0"])
 def test_whoever_is_killed_takes_all_along(tmp_path, who):
+    """And one of the others says so. (For rank 1: tests/test_batch_file.py.)"""
     with torchrun(*goes_on(tmp_path)).begin() as run:
         os.kill(run.process.pid if who == "torchrun" else run.rank(int(who[-1])), signal.SIGKILL)
         run.process.wait(10)
@@ -179,6 +207,9 @@ def test_whoever_is_killed_takes_all_along(tmp_path, who):
         while run.children() and time.monotonic() < until:
             time.sleep(0.2)
         assert run.children() == []
+        said = sentences(run.process.stderr.read())
+        assert who == "torchrun" or [line.partition(": another process has ended")[0] for line in said] == [
+            "qwen3, rank 1"]
 
 
 # One process in trouble
@@ -202,7 +233,7 @@ def script(tmp_path: Path, trouble: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trouble, sentence", {
+@pytest.mark.parametrize("trouble, sentence", {  # the first and the last by torchrun
     "one has no memory": (
         "import torch\ndef full(*_, **__): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 "
         "GiB')\nif not first: main.load_model = full", "qwen3, rank 1: memory ran out: 2.00 GiB more were needed"),
@@ -210,6 +241,9 @@ def script(tmp_path: Path, trouble: str) -> str:
     "one has others": (
         "if not first: sys.argv[2] = {other!r}", "qwen3: rank 1 has not the checkpoint of rank 0; start the same"),
     "one has another question": ("if not first: sys.argv[4] = 'Who?'", "qwen3: rank 1 has not the device and command"),
+    "one has another flag": (
+        "path = sys.argv[0] + '.txt'\nfirst and open(path, 'w').write('x')\nsys.argv[3:] = ['--batch', path, '-n', "
+        "'2' if first else '3']", "qwen3: rank 1 has not the device, command and prompts of rank 0; start the same"),
     "one has a fault": (
         "if not first: main.load_model = lambda *_, **__: 1 / 0", "qwen3, rank 1: internal error, please report it"),
 }.items(), ids=lambda value: value if isinstance(value, str) else "")
@@ -219,33 +253,32 @@ def test_a_process_in_trouble_speaks_and_all_end(tmp_path, trouble, sentence):
     tensors = {name: tensor.float() for name, tensor in load_file(other / "model.safetensors").items()}
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     begun = time.monotonic()
-    run = torchrun(script(tmp_path, code.format(other=str(other)) if "{other" in code else code), "-m", "Qwen3-Tiny",
-                   "-p", QUESTION)
-    code, out, err = run.end()
+    code = code.format(other=str(other)) if "{other" in code else code
+    words = [script(tmp_path, code), "-m", "Qwen3-Tiny", "-p", QUESTION]
+    if trouble in ("one has no memory", "one has a fault"):
+        run = torchrun(*words)
+        code, out, err = run.end()
+        assert (code, out) == (1, "") and run.children() == []
+    else:
+        codes, outs, errs = all_by_hand(words)
+        assert 0 not in codes and outs == ["", ""]
+        err = "".join(errs)
     lines = sentences(err)
-    assert code == 1 and out == "" and lines and lines[0].startswith(said), err
-    assert len(lines) == 1 and time.monotonic() - begun < 60 and run.children() == []
+    assert len(lines) == 1 and lines[0].startswith(said) and time.monotonic() - begun < 60, err
 
 
 # Started by hand, as srun and mpirun do it
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def by_hand(tmp_path: Path, rank: int, port: int, world: int = 2, patience: int = 120, **variables: str) -> Run:
-    """Each on a machine of its own, as far as it knows."""
-    patient = script(tmp_path, f"processes.TO_COME = {patience}")
-    return Run([sys.executable, patient, "-m", "Qwen3-Tiny", "-p", QUESTION],
-               **{"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-                  "MASTER_PORT": str(port)} | variables)
+def machine(tmp_path: Path, rank: int, port: int, patience: int = 120, **variables: str) -> Run:
+    """One of two processes, each on a machine of its own as far as it knows."""
+    words = [script(tmp_path, f"processes.TO_COME = {patience}"), "-m", "Qwen3-Tiny", "-p", QUESTION]
+    return by_hand(words, rank, port, **{"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} | variables)
 
 
 @pytest.mark.slow
 def test_two_machines_without_torchrun(tmp_path):
     port = free_port()
-    runs = [by_hand(tmp_path, rank, port) for rank in range(2)]
+    runs = [machine(tmp_path, rank, port) for rank in range(2)]
     (code, out, err), (other, nothing, quiet) = (run.end() for run in runs)
     assert (code, other) == (0, 0) and out == ANSWER and nothing == "", err
     assert "Tiny" in err and "Tiny" not in quiet
@@ -256,7 +289,7 @@ def test_two_machines_without_torchrun(tmp_path):
     (0, "qwen3: only 1 of 2 processes came within 3 seconds; start them on all machines, with the same --nnodes"),
     (1, "qwen3, rank 1: rank 0 was not found at 127.0.0.1, port ")])
 def test_a_machine_that_is_missing_is_not_waited_for_for_ever(tmp_path, rank, sentence):
-    code, out, err = by_hand(tmp_path, rank, free_port(), patience=3).end(timeout=60)
+    code, out, err = machine(tmp_path, rank, free_port(), patience=3).end(timeout=60)
     said = sentences(err)
     assert code == 2 and out == "" and len(said) == 1 and said[0].startswith(sentence) and len(said[0]) < 300, err
 
@@ -264,7 +297,7 @@ def test_a_machine_that_is_missing_is_not_waited_for_for_ever(tmp_path, rank, se
 @pytest.mark.slow
 def test_a_port_that_is_taken(tmp_path):
     with socket.create_server(("0.0.0.0", 0)) as server:
-        code, out, err = by_hand(tmp_path, 0, server.getsockname()[1], patience=5).end(timeout=60)
+        code, out, err = machine(tmp_path, 0, server.getsockname()[1], patience=5).end(timeout=60)
     said = sentences(err)
     assert code == 2 and out == "" and len(said) == 1 and "is taken on this machine; --master-port" in said[0], err
 
@@ -275,6 +308,6 @@ def test_a_port_that_is_taken(tmp_path):
     ({"RANK": "2"}, "WORLD_SIZE and RANK, which say how many processes there are"),
     ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set, which says where the processes meet")])
 def test_variables_that_make_no_world(tmp_path, variables, sentence):
-    code, out, err = by_hand(tmp_path, 0, free_port(), patience=3, **variables).end(timeout=60)
+    code, out, err = machine(tmp_path, 0, free_port(), patience=3, **variables).end(timeout=60)
     said = sentences(err)
     assert code == 2 and out == "" and len(said) == 1 and sentence in said[0], err

@@ -12,6 +12,7 @@ from ..layers import Linear
 from ..mla import Attention
 from ..model import Layer, MTPLayer
 from ..moe import Experts
+from . import continuous
 from .drafts import check_drafts as correct  # noqa: F401 for prepare.py
 from .experts import FastExperts, check_compiled, stack_experts  # noqa: F401 for prepare.py and compiled.py
 from .fast import FastLinear, fused_sdpa, matmul
@@ -61,7 +62,8 @@ class ParallelMTPLayer(ParallelLayer, MTPLayer):
 
 # … and where several ranks share a model.
 PARALLEL = {Layer: ParallelLayer, MTPLayer: ParallelMTPLayer, nn.Embedding: ParallelEmbedding}
-CHANCE = [(generate, "sample"), (speculative, "draw"), (speculative, "verify")]  # functions that draw a token
+# Functions that draw a token.
+CHANCE = [(generate, "sample"), (continuous, "draw"), (speculative, "draw"), (speculative, "verify")]
 
 
 def share_heads(config: Config, place: Place) -> dict[str, tuple[int, int]]:

@@ -21,6 +21,7 @@ from .conversation import Conversation
 from .journal import Journal, Place, answers_of, as_line, earlier_settings, finish, journals, restart
 from .memory import find_device
 from .progress import Progress, kept
+from .processes import check_alike, of_all, on_first, rank, ranks
 from .prompts import bad_lines, read_prompts, seed_of
 from .requests import check_request
 from .terminal import note, progress, segments, write
@@ -34,7 +35,7 @@ class Job:
     def __init__(self, conversation: Conversation):
         self.conversation, self.name = conversation, conversation.arguments.batch
         self.prompts, self.digest = read_prompts(self.name)
-        self.seed, self.capacity = 0, 1
+        self.seed, self.capacity, self.crc = 0, 1, 0
 
     def check(self, show: Callable[[int, int], None]) -> "Job":
         """The job itself; ValueError names the lines that cannot be answered."""
@@ -49,6 +50,7 @@ class Job:
                 request = self.request(index)
                 check_request(config, [request.prompt_ids], request.max_new_tokens, **request.sampling)
                 self.capacity = max(self.capacity, len(request.prompt_ids) + request.max_new_tokens)
+                self.crc = crc32(repr(request).encode(), self.crc) if ranks() > 1 else 0
             except ValueError as error:
                 wrong[prompt.line] = str(error)
         show(len(self.prompts), len(self.prompts))
@@ -98,28 +100,40 @@ class Job:
                                conversation.notes())):
             note(f"note: {text}")
 
-    def run(self, model: Model, indices: Iterable[int], rows: int, write: Callable[[dict], None],
+    def run(self, model: Model, indices: Iterable[int], rows: int, write: Callable[[dict], None] | None,
             count: Callable[[int, list[Row]], None]) -> None:
-        """Answer these prompts; `write` takes each answer, `count` each step's tokens and the rows that ended."""
+        """Answer these prompts; `write` takes each answer, `count` each step's tokens and the rows that ended.
+
+        Processes that share the model all do the same, and the first one writes.
+        """
         requests = (self.request(index) for index in indices)
         for tokens, ended in continuous_batch(model, requests, rows=rows, capacity=self.capacity,
                                               stop_ids=self.conversation.stop_ids):
-            for row in ended:
+            for row in ended if write else ():
                 write(self.answer(row))
             count(tokens, ended)
 
     def find_room(self, processes: int = 1) -> tuple[torch.device, str | None, int]:
-        """(device, dtype, how many prompts at a time): what --batch-size says, or as many as memory has room for."""
+        """(device, dtype, how many prompts at a time): what --batch-size says, or as many as memory has room for.
+
+        Of processes that share the model, the one with the least room decides.
+        """
         conversation, wanted = self.conversation, self.conversation.arguments.batch_size
-        most = SIZES.get(find_device(conversation.arguments.device).type, SIZES["cpu"])
-        size = min(most, len(self.prompts)) if wanted is None else wanted
-        while True:
+        device = find_device(conversation.arguments.device)
+        check_alike("device, command and prompts", (device.type, conversation.arguments.dtype, wanted, self.crc))
+        size = min(SIZES.get(device.type, SIZES["cpu"]), len(self.prompts)) if wanted is None else wanted
+        while True:  # all ranks together: what is asked of all within find_room is asked as often on each
+            room, error = None, None
             try:  # a row more, for the prompt that is being read
-                return *conversation.find_room((size + 1) * self.capacity, processes), size
-            except ValueError:
-                if wanted is not None or size == 1:
-                    raise
-                size //= 2
+                room = conversation.find_room((size + 1) * self.capacity, processes)
+            except ValueError as refusal:
+                error = str(refusal)
+            errors = [one for one in of_all(error) if one]
+            if not errors:
+                return *room, size
+            if wanted is not None or size == 1:
+                raise ValueError(error or errors[0])
+            size //= 2
 
 
 def split_answer(tokenizer: Tokenizer, prompt_ids: list[int], ids: list[int]) -> tuple[str, str]:
@@ -142,32 +156,42 @@ def answer_file(conversation: Conversation, notes: Iterable[str]) -> None:
     """--batch. What can be refused is refused before the weights are loaded."""
     from .replicas import launched, run_replicas, take_part  # which build on this file
 
-    if launched() > 1:
-        return take_part(conversation, notes)
     replicas = conversation.arguments.data_parallel or 1
+    if launched() > 1 and ranks() == 1:
+        return take_part(conversation, notes)
     job = Job(conversation).check(progress("checking prompt"))
     job.say(notes)
-    output = find_output(job)
+    output = on_first(lambda: find_output(job))
     if output is None:
         if replicas > 1:
             raise ValueError("--data-parallel needs a file for the answers: -o FILE")
         return to_standard_output(job)
     if replicas > 1:
         return run_replicas(job, output, replicas)
-    places = resume(job, output)
-    journal = Journal(output, 0, job.settings())
+    to_file(job, output)
+
+
+def to_file(job: Job, output: Path) -> None:
+    """Each answer into the journal when it ends. Only the first process reads and writes there."""
+    answered = on_first(lambda: set(resume(job, output)))
+    job.seed = on_first(lambda: job.seed)
+    journal = Journal(output, 0, job.settings()) if rank() == 0 else None
     try:
-        left = [index for index in range(len(job.prompts)) if index not in places]
-        shown = Progress(len(job.prompts), len(places))
+        left = [index for index in range(len(job.prompts)) if index not in answered]
+        shown = Progress(len(job.prompts), len(answered))
         if left:
             device, dtype, rows = job.find_room()
             model = load(job, device, dtype, progress("loading tensor"))
-            shown = Progress(len(job.prompts), len(places))
+            if ranks() > 1:  # Ctrl-C ends all processes before one could say it
+                note("each answer is kept when it ends: after Ctrl-C the same command goes on")
+            shown = Progress(len(job.prompts), len(answered))
             with kept(shown):
-                job.run(model, left, rows, journal.write, shown.count)
-        merge(job, output)
+                job.run(model, left, rows, journal and journal.write, shown.count)
+        if journal:
+            merge(job, output)
     finally:
-        journal.close()
+        if journal:
+            journal.close()
     note(f"{shown.summary()}; {output}")
 
 
@@ -218,7 +242,7 @@ def merge(job: Job, output: Path) -> None:
 def to_standard_output(job: Job) -> None:
     """Answers in order, each as soon as those before it are there. Nothing is kept for another run."""
     arguments, waiting, following = job.conversation.arguments, {}, 0
-    job.seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
+    job.seed = on_first(lambda: secrets.randbits(32) if arguments.seed is None else arguments.seed)
     device, dtype, rows = job.find_room()
     model, shown = load(job, device, dtype, progress("loading tensor")), Progress(len(job.prompts), 0)
 
@@ -231,7 +255,7 @@ def to_standard_output(job: Job) -> None:
             following += 1
 
     try:
-        job.run(model, range(len(job.prompts)), rows, put, shown.count)
+        job.run(model, range(len(job.prompts)), rows, put if rank() == 0 else None, shown.count)
     finally:
         shown.clear()
     note(shown.summary())

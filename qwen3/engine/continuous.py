@@ -149,12 +149,8 @@ def together(fresh: dict[int, Row]) -> Iterator[dict[int, Row]]:
         yield group
 
 
-def draw(rows: Collection[Row], logits: Tensor) -> list[int]:
-    """A token for each row, logits (B, V), by its own settings and random numbers: those of a Sampler, bit for bit."""
-    samplers = [row.sampler for row in rows]
-    penalised = [i for i, sampler in enumerate(samplers) if sampler.penalises]
-    if penalised:
-        logits = torch.cat([sampler.penalised(row[None]) for sampler, row in zip(samplers, logits)])
+def draw(logits: Tensor, samplers: list[Sampler]) -> Tensor:
+    """A token for each row, (B, V) -> (B,), by its own settings and random numbers: those of a Sampler, bit for bit."""
     groups: dict[tuple, list[int]] = {}
     for i, sampler in enumerate(samplers):
         settings = sampler.temperature, sampler.top_k, sampler.top_p, sampler.min_p
@@ -168,17 +164,20 @@ def draw(rows: Collection[Row], logits: Tensor) -> list[int]:
         probabilities, ids = top_k_top_p(some, temperature, *settings)  # rows of the same settings together: faster
         places = [torch.multinomial(one, 1, generator=samplers[i].generator) for one, i in zip(probabilities, members)]
         tokens[members] = ids.gather(-1, torch.stack(places)).squeeze(-1)
-    for i in penalised:
-        samplers[i].add(tokens[i:i + 1])
-    return tokens.tolist()
+    return tokens
 
 
 def advance(rows: list[Row], logits: Tensor, stop_ids: Collection[int]) -> tuple[int, list[Row]]:
     """Give each row its next token; (how many tokens, the rows that have ended)."""
-    finite = are_finite(logits).tolist()
+    finite, samplers = are_finite(logits).tolist(), [row.sampler for row in rows]
     if not all(finite):
         logits = logits.nan_to_num(0, 0, 0)  # or no token could be drawn for those rows; theirs does not count
-    for row, token, good in zip(rows, draw(rows, logits), finite):
+    if any(sampler.penalises for sampler in samplers):
+        logits = torch.cat([sampler.penalised(row[None]) for sampler, row in zip(samplers, logits)])
+    tokens = draw(logits, samplers)
+    for sampler, token in zip(samplers, tokens.split(1)):
+        sampler.add(token)
+    for row, token, good in zip(rows, tokens.tolist(), finite):
         row.add(token, good, stop_ids)
     return len(rows), [row for row in rows if row.end]
 

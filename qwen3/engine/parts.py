@@ -10,6 +10,7 @@ from .. import generate
 from ..config import Config
 from ..layers import Attention, Linear
 from ..model import Layer, Model
+from . import continuous
 from .fast import FastLinear, fused_sdpa
 from .parallel import ParallelEmbedding, ParallelLayer, Place, span
 from .safetensors_reader import CheckpointFiles
@@ -29,7 +30,7 @@ class FusedAttention(Attention):
 FASTER = {Linear: FastLinear, Attention: FusedAttention}  # part of the lesson -> its faster twin, same parameters
 
 PARALLEL = {Layer: ParallelLayer, nn.Embedding: ParallelEmbedding}  # and where several ranks share a model
-CHANCE = [(generate, "sample")]  # functions that draw a token
+CHANCE = [(generate, "sample"), (continuous, "draw")]  # functions that draw a token
 
 
 def share_heads(config: Config, place: Place) -> dict[str, tuple[int, int]]:

@@ -123,6 +123,7 @@ def join() -> None:
     os.close(stdout)
     STORE = store
     share_models(dist.group.WORLD)
+    end_slowly()
     threading.Thread(target=watch, daemon=True).start()
 
 
@@ -138,6 +139,21 @@ def watch() -> None:
     except RuntimeError:  # whoever keeps the messages, torchrun or rank 0, is gone
         if not LEAVING.wait(GRACE):
             os._exit(1)
+
+
+def end_slowly() -> None:
+    """Leave some time to say what was lost, though torchrun ends all (SIGTERM) as soon as one process ends."""
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell)  # written to at once, also while the main thread waits for a sum
+    signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def wait() -> None:
+        os.read(told, 1)
+        time.sleep(2 * GRACE)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def why_not(error: str) -> str:
@@ -194,26 +210,20 @@ def on_first(read: Callable[[], T]) -> T:
     return box[0]
 
 
-def all_say(yes: bool) -> bool:
-    """Whether all processes that share a model say yes: what hangs on the memory of each is done by all or none."""
+def of_all(value: T) -> list[T]:
+    """What each process has, by its number."""
     if ranks() == 1:
-        return yes
-    import torch
+        return [value]
     import torch.distributed as dist
 
-    answer = torch.tensor(int(yes))
-    dist.all_reduce(answer, dist.ReduceOp.MIN, group=GROUP)
-    return bool(answer)
+    every: list = [None] * ranks()
+    dist.all_gather_object(every, value, GROUP)
+    return every
 
 
 def check_alike(what: str, value: object) -> None:
     """ValueError, on every process, unless all have the same: later they would wait for each other for ever."""
-    if ranks() == 1:
-        return
-    import torch.distributed as dist
-
-    every: list = [None] * ranks()
-    dist.all_gather_object(every, hashlib.sha256(repr(value).encode("utf-8", "replace")).hexdigest(), GROUP)
+    every = of_all(hashlib.sha256(repr(value).encode("utf-8", "replace")).hexdigest())
     if others := [number for number, one in enumerate(every) if one != every[0]]:
         raise ValueError(f"rank {others[0]} has not the {what} of rank 0; start the same command with the same files "
                          "on every machine")
@@ -229,7 +239,7 @@ def is_lost(error: Exception) -> bool:
 def who_speaks(lost: bool = False) -> str | None:
     """Of several processes that fail, the first with a reason of its own says it: "" or ", rank 3"; None for silence.
 
-    One that has only lost another leaves the word to that. torchrun ends all as soon as one ends, so they wait for it.
+    One that has only lost another leaves the word to that, and speaks if nobody else does: one that is killed cannot.
     """
     if HUSHED is None and STORE is None:  # alone, or the first, which has not met the others
         return ""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .arguments import SAMPLING
 from .fields import plain, short
+from .processes import on_first
 
 WHOLE = ("seed", "max_new_tokens", "top_k")
 SETTINGS = ("seed", "max_new_tokens", *SAMPLING)
@@ -38,7 +39,7 @@ def read_prompts(name: str) -> tuple[list[Prompt], str]:
     """(The prompts of a file, "-" for standard input; a hash of it). ValueError names every line that is no prompt."""
     shown = "standard input" if name == "-" else name if len(name) <= 80 else f"{name[:38]}…{name[-40:]}"
     try:
-        raw = sys.stdin.buffer.read() if name == "-" else Path(name).expanduser().read_bytes()
+        raw = on_first(lambda: sys.stdin.buffer.read() if name == "-" else Path(name).expanduser().read_bytes())
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{shown}, line {raw[:error.start].count(10) + 1}: not UTF-8; save the file in that "

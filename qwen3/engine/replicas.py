@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 from . import terminal
 
@@ -205,18 +206,28 @@ def replica() -> int:
 
 # Started by torchrun
 
+def leave_the_word() -> NoReturn:
+    """Rank 0 says why; torchrun ends all when the first one ends."""
+    time.sleep(2)
+    sys.exit(2)
+
+
 def take_part(conversation: Conversation, notes: Iterable[str]) -> None:
     """Each rank is a replica; rank 0 also checks, shows progress and makes one file of all answers at the end."""
     arguments = conversation.arguments
     world, rank = launched(), int(os.environ["RANK"])
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     number = int(os.environ.get("LOCAL_RANK", rank))
+    if arguments.data_parallel != world:
+        if rank > 0:
+            leave_the_word()
+        raise ValueError(f"torchrun has started {world} processes: with --data-parallel {world} each answers a part of "
+                         "the prompts, and without it they share one model")
     store, *_ = next(rendezvous("env://", timeout=DAYS))
     if rank > 0:
         ready = json.loads(store.get(READY))
-        if ready is None:  # rank 0 says why; torchrun ends all when the first one ends
-            time.sleep(2)
-            sys.exit(2)
+        if ready is None:
+            leave_the_word()
         job = Job(conversation)
         job.seed, job.capacity = ready["seed"], ready["capacity"]
         place = torch.device(ready["place"][0]), *ready["place"][1:]
@@ -224,9 +235,6 @@ def take_part(conversation: Conversation, notes: Iterable[str]) -> None:
         store.set(f"{END}{rank}", "")
         return
     try:
-        if arguments.data_parallel != world:
-            raise ValueError(f"torchrun has started {world} processes: with --data-parallel {world} each answers a "
-                             "part of the prompts")
         job = Job(conversation).check(progress("checking prompt"))
         job.say(notes)
         output = find_output(job)

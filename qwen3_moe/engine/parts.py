@@ -10,6 +10,7 @@ from ..config import Config
 from ..layers import Attention, Linear
 from ..model import Layer
 from ..moe import Experts, Router
+from . import continuous
 from .experts import FastExperts, check_compiled, stack_experts  # noqa: F401 for prepare.py and compiled.py
 from .fast import FastLinear, fused_sdpa, matmul
 from .parallel import ParallelEmbedding, ParallelLayer, Place, span
@@ -35,7 +36,7 @@ class FastRouter(Router):
 # Part of the lesson -> its faster twin, with the same parameters.
 FASTER = {Linear: FastLinear, Attention: FusedAttention, Router: FastRouter, Experts: FastExperts}
 PARALLEL = {Layer: ParallelLayer, nn.Embedding: ParallelEmbedding}  # and where several ranks share a model
-CHANCE = [(generate, "sample")]  # functions that draw a token
+CHANCE = [(generate, "sample"), (continuous, "draw")]  # functions that draw a token
 
 
 def share_heads(config: Config, place: Place) -> dict[str, tuple[int, int]]:

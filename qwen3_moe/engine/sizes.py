@@ -13,7 +13,7 @@ from .packed_formats import LEAF
 from .parallel import Place, here
 from .parts import KEPT_IN_FLOAT32, count_experts, share_cache, share_heads
 from .prepare import compute_dtype, read_checkpoint
-from .processes import all_say, on_this_machine, rank, ranks
+from .processes import of_all, on_this_machine, rank, ranks
 from .quantized import FP8
 from .releases import in_fewer_bits
 from .rounding import BITS, GROUP, is_rounded
@@ -127,6 +127,6 @@ def keep_or_expand(directory: str | Path, device: torch.device, asked: str | Non
     kept, expanded = ([count_bytes(config, files, dtype, False, Place(number % ranks(), ranks()))
                        for number in here_too] for dtype in (None, compute))
     needed, own, name = sum(expanded) * processes + cache * len(here_too), here_too.index(rank()), str(compute)[6:]
-    if all_say(free is not None and needed <= free * 9 // 10):
+    if all(of_all(free is not None and needed <= free * 9 // 10)):  # by all ranks or by none
         return name, f" (expanded from FP8, which a CPU is slow at; --dtype fp8 keeps it: {gigabytes(kept[own])})"
     return None, f" (slow there; in {name} it would take {gigabytes(expanded[own])}, more than there is room for)"
