@@ -32,8 +32,8 @@ EQUAL = {
     **{f"engine/{name}.py": ALL for name in (
         "__init__", "architecture_fields", "arguments", "batch", "batch_file", "chat_formats", "chatml_shapes",
         "compiled", "continuous", "conversation", "fast", "fields", "generation_fields", "int4", "integer_fields",
-        "integer_linear", "journal", "memory", "packed_formats", "parallel", "prepare", "processes", "progress",
-        "prompts", "quantization_fields", "quantized", "replicas", "requests", "rope_fields", "rounding",
+        "integer_linear", "journal", "memory", "one_query", "packed_formats", "parallel", "prepare", "processes",
+        "progress", "prompts", "quantization_fields", "quantized", "replicas", "requests", "rope_fields", "rounding",
         "safetensors_reader", "shares", "sizes", "supported", "template_expressions", "template_reader",
         "template_shapes", "templates", "terminal", "tiktoken_vocab", "vocabulary", "yarn")},
 }

@@ -3,7 +3,8 @@
     Linear            FastLinear          bfloat16 matmuls in float32 where the processor is slow at them
     RMSNorm           FastRMSNorm         two operations instead of eight
     Attention         FusedAttention      (parts.py) one token: what is rotated is rotated together, without transposes
-    Attention.sdpa    fused_sdpa          PyTorch's fused attention: no (T, S) scores in memory
+    Attention.sdpa    fused_sdpa          PyTorch's fused attention: no (T, S) scores in memory; of one token the form
+                                          that is fastest here (one_query.py)
 """
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layers import Linear, RMSNorm
+from .one_query import attention_of_one_query
 
 # Without AVX-512, as on many laptops, PyTorch multiplies matrices of 16-bit numbers at a sixth of its float32 speed.
 SLOW_IN_16_BITS = torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -76,9 +78,8 @@ def fused_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> T
     (B, H, T, N), (K, S), M = q.shape, k.shape[1:3], v.shape[-1]
     v = F.pad(v, (0, N - M)) if M < N else v  # the kernels want values as wide as keys; zeros change nothing
     causal = mask.ndim == 2
-    if T == 1:  # fold a group's queries into rows, so that each key is read once
-        q, mask = q.reshape(B, K, H // K, N), None if causal else mask
-        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale).view(B, H, 1, -1)
+    if T == 1:
+        out = attention_of_one_query(q, k, v, None if causal else mask, scale)
         return out[..., :M] if M < N else out
     # A whole prompt: the kernel that knows the triangle skips the half that a mask would only hide.
     causal = causal and T == S
