@@ -43,8 +43,9 @@ def wants_few_operations(x: Tensor) -> bool:
     kernels add up in another order, and the bits would differ; so they would in float64, whose norms the lesson
     computes in float32.
     """
-    few = x.device.type == "cpu" and x.itemsize < 8
-    return few and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" and x.itemsize < 8
 
 
 def matmul(x: Tensor, W: Tensor) -> Tensor:
