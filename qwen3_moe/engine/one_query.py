@@ -30,9 +30,9 @@ CHOSEN: dict[tuple, Callable[..., Tensor]] = {}  # type and shape -> the form
 
 
 def rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """q (B, H, 1, N), k and v (B, K, S, N) -> (B, H, 1, N), and so do the others."""
+    """q (B, H, 1, N), k (B, K, S, N), v (B, K, S, M) -> (B, H, 1, M), and so do the others."""
     folded = q.reshape(*k.shape[:2], -1, q.shape[-1])  # (B, K, G, N)
-    return F.scaled_dot_product_attention(folded, k, v, mask, scale=scale).reshape(q.shape)
+    return F.scaled_dot_product_attention(folded, k, v, mask, scale=scale).reshape(*q.shape[:3], -1)
 
 
 def heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -41,14 +41,17 @@ def heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
 
 def matmuls(q: Tensor, k: Tensor, v: Tensor, mask: None, scale: float) -> Tensor:
     scores = q.reshape(*k.shape[:2], -1, q.shape[-1]) @ k.mT * scale  # (B, K, G, S)
-    return (scores.softmax(-1) @ v).reshape(q.shape)
+    return (scores.softmax(-1) @ v).reshape(*q.shape[:3], -1)
 
 
 FORMS = {form.__name__: form for form in (rows, heads, matmuls)}
 
 
 def attention_of_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(q k^T * scale) v: q (B, H, 1, N), k and v (B, K, S, N), mask (B, 1, 1, S) or None -> (B, H, 1, N)."""
+    """softmax(q k^T * scale) v. q (B, H, 1, N), k (B, K, S, N), v (B, K, S, M), mask (B, 1, 1, S) or None.
+
+    Returns (B, H, 1, M).
+    """
     return form_for(q, k, v, mask, scale)(q, k, v, mask, scale)
 
 
@@ -63,7 +66,7 @@ def form_for(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float)
         if FORM and FORM not in FORMS:
             raise ValueError(f"LLM_ATTENTION={FORM[:80]!r} is no form of attention; choose one of {', '.join(FORMS)}")
         return FORMS[FORM] if FORMS.get(FORM) in forms_of(q.dtype) else rows
-    kind = q.dtype, *q.shape, k.shape[1]
+    kind = q.dtype, *q.shape, k.shape[1], v.shape[-1]
     if kind not in CHOSEN:
         CHOSEN.setdefault(kind, fastest(q, k[:, :, :LONG], v[:, :, :LONG], None, scale))  # one, also among threads
     return CHOSEN[kind]
