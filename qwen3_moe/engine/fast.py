@@ -37,7 +37,7 @@ class FastRMSNorm(RMSNorm):
 
 
 def wants_few_operations(x: Tensor) -> bool:
-    """Whether to join operations: while generating on a CPU, where each of a token's 2,500 takes Python a microsecond.
+    """Whether to join operations: while generating on a CPU.
 
     Training keeps the lesson's own steps and their gradients, and a compiler joins them itself. On a GPU, PyTorch's
     kernels add up in another order, and the bits would differ; so they would in float64, whose norms the lesson
