@@ -32,10 +32,11 @@ EQUAL = {
     **{f"engine/{name}.py": ALL for name in (
         "__init__", "architecture_fields", "arguments", "batch", "batch_file", "chat_formats", "chatml_shapes",
         "compiled", "continuous", "conversation", "fast", "fields", "fp8", "generation_fields", "int4",
-        "integer_fields", "integer_linear", "journal", "memory", "nibbles", "packed_formats", "parallel", "prepare",
-        "processes", "progress", "prompts", "quantization_fields", "quantized", "releases", "replicas", "requests",
-        "rope_fields", "rounding", "safetensors_reader", "shares", "sizes", "supported", "template_expressions",
-        "template_reader", "template_shapes", "templates", "terminal", "tiktoken_vocab", "vocabulary", "yarn")},
+        "integer_fields", "integer_linear", "journal", "memory", "nibbles", "one_query", "packed_formats",
+        "parallel", "prepare", "processes", "progress", "prompts", "quantization_fields", "quantized", "releases",
+        "replicas", "requests", "rope_fields", "rounding", "safetensors_reader", "shares", "sizes", "supported",
+        "template_expressions", "template_reader", "template_shapes", "templates", "terminal", "tiktoken_vocab",
+        "vocabulary", "yarn")},
 }
 # Where a package keeps such a file under another name: (package, path) -> its path in that package.
 ELSEWHERE = {("deepseek_v3", "engine/yarn.py"): "yarn.py"}  # a lesson there, where it is on

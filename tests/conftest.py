@@ -12,6 +12,8 @@ import pytest
 
 # Tests start processes that import torch; where its bytecode may not be kept, each compiles it for five seconds.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# The same form of attention in every run; tests/test_one_query.py tries them all.
+os.environ.setdefault("LLM_ATTENTION", "rows")
 
 AHEAD: dict[str, Future] = {}  # id of a test -> its run in a thread
 

@@ -20,7 +20,8 @@ def pair_of(package: str, name: str) -> tuple[nn.Module, nn.Module]:
     """(The lesson's part, the engine's) with the same weights, large enough to make a difference."""
     faster = {part.__name__: (part, twin) for part, twin in module(package, "engine.parts").FASTER.items()}
     config = module(package, "config").Config(**EACH[package])
-    arguments = {"Linear": (24, 40), "Attention": (config, 1), "Router": (config,), "Experts": (8, 24, 16)}[name]
+    arguments = {"Linear": (24, 40), "RMSNorm": (24, 1e-6), "Attention": (config, 1), "Router": (config,),
+                 "Experts": (8, 24, 16)}[name]
     torch.manual_seed(1)
     plain, fast = (part(*arguments) for part in faster[name])
     for weight in plain.parameters():
@@ -59,7 +60,7 @@ def assert_equal(ours: nn.Module, theirs: nn.Module, inputs: tuple[Tensor, ...])
 
 
 def test_the_table_names_every_part_that_the_engine_replaces():
-    assert len(PARTS) == 9 and {name for _, name in PARTS} == {"Linear", "Attention", "Router", "Experts"}
+    assert len(PARTS) == 12 and {name for _, name in PARTS} == {"Linear", "RMSNorm", "Attention", "Router", "Experts"}
 
 
 @pytest.mark.parametrize("package, name, B, T, padding", [

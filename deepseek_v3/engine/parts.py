@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from .. import generate, speculative
 from ..config import Config
-from ..layers import Linear
+from ..layers import KVCache, Linear, RMSNorm, deinterleave, rotate
 from ..mla import Attention
 from ..model import Layer, MTPLayer
 from ..moe import Experts
 from . import continuous
 from .drafts import check_drafts as correct  # noqa: F401 for prepare.py
 from .experts import FastExperts, check_compiled, stack_experts  # noqa: F401 for prepare.py and compiled.py
-from .fast import FastLinear, fused_sdpa, matmul
+from .fast import FastLinear, FastRMSNorm, fused_sdpa, matmul, wants_few_operations
 from .parallel import ParallelEmbedding, ParallelLayer, Place, span
 
 KEPT_IN_FLOAT32 = ("e_score_correction_bias",)  # stay float32 whatever the others are, by the last part of their names
@@ -23,6 +23,23 @@ KEPT_IN_FLOAT32 = ("e_score_correction_bias",)  # stay float32 whatever the othe
 
 class FusedAttention(Attention):
     """Attention whose softmax(q k^T) v is one kernel, with the parameters of Attention."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: KVCache | None) -> Tensor:
+        if x.shape[1] > 1 or not wants_few_operations(x):
+            return super().forward(x, cos, sin, mask, cache)
+        # One token: heads stand before it without a transpose, and all that is rotated is rotated together.
+        N, P, R, B = self.qk_nope_head_dim, self.qk_rope_head_dim, self.kv_lora_rank, len(x)
+        q = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q_nope, q_rope = q.view(B, -1, 1, N + P).split((N, P), -1)  # (B, H, 1, N), (B, H, 1, P)
+        c, k_rope = self.kv_a_proj_with_mqa(x).view(B, 1, 1, R + P).split((R, P), -1)  # (B, 1, 1, R), (B, 1, 1, P)
+        both = torch.cat((q_rope, k_rope), 1)  # (B, H + 1, 1, P)
+        both = rotate(deinterleave(both) if self.rope_interleave else both, cos, sin)
+        q_rope, k_rope = both.split((q_rope.shape[1], 1), 1)
+        latents = torch.cat((self.kv_a_layernorm(c), k_rope), -1)  # (B, 1, 1, R + P)
+        if cache is not None:
+            (latents,) = cache.write(self.layer_idx, latents)  # (B, 1, S, R + P)
+        form = self.absorbed if self.absorbs(1, latents.shape[2]) else self.expanded
+        return self.o_proj(form(q_nope, q_rope, latents, mask).reshape(B, 1, -1))
 
     def sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         if k.shape[1] == 1 < q.shape[1] and len(q) == 1:
@@ -53,7 +70,7 @@ def attention_on_latents(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: f
 
 
 # Part of the lesson -> its faster twin, with the same parameters.
-FASTER = {Linear: FastLinear, Attention: FusedAttention, Experts: FastExperts}
+FASTER = {Linear: FastLinear, RMSNorm: FastRMSNorm, Attention: FusedAttention, Experts: FastExperts}
 
 
 class ParallelMTPLayer(ParallelLayer, MTPLayer):

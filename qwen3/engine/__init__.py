@@ -4,7 +4,8 @@ The lesson tells the whole story without this folder. Where the engine comes in,
 builds the plain model and lets `prepare` swap parts of it for those named in `parts`. load_model(engine=False) and
 --plain leave these out: the model then consists of the lesson's own parts.
 
-    faster          parts (which part is swapped for which), fast (matmuls, attention), experts, compiled, batch
+    faster          parts (which part is swapped for which), fast (matmuls, norms, attention), one_query (attention over
+                    a long cache), experts, compiled, batch
     smaller         quantized (FP8), int4 (integers of 4 and 8 bits), integer_linear, packed_formats (where published
                     files keep the bits), rounding (to integers, here); how a checkpoint says so: quantization_fields,
                     integer_fields

@@ -135,7 +135,8 @@ class Conversation:
         if device.type == "cpu" and dtype:  # weights that need no conversion stay in one file for all
             more = (processes - 1) * bytes_in_memory(self.folder, dtype)
         size = check_memory(self.folder, device, dtype, tokens, tokens * per_token + more)
-        kept = self.config.quantization.upper() if self.config.quantization and dtype is None else (
+        name = self.config.quantization
+        kept = (name if "-" in name else name.upper()) if name and dtype is None else (
             dtype if dtype in BITS else str(compute).removeprefix("torch."))
         why = "" if self.arguments.device or device.type != "cpu" else " (no GPU found)"
         why += f", the share of one of {ranks()} processes" if ranks() > 1 else ""

@@ -3,16 +3,17 @@
 The other files of the engine know nothing of it.
 """
 
+import torch
 from torch import Tensor, nn
 
 from .. import generate
 from ..config import Config
-from ..layers import Attention, Linear
+from ..layers import Attention, KVCache, Linear, RMSNorm, rotate
 from ..model import Layer
 from ..moe import Experts, Router
 from . import continuous
 from .experts import FastExperts, check_compiled, stack_experts  # noqa: F401 for prepare.py and compiled.py
-from .fast import FastLinear, fused_sdpa, matmul
+from .fast import FastLinear, FastRMSNorm, fused_sdpa, matmul, wants_few_operations
 from .parallel import ParallelEmbedding, ParallelLayer, Place, span
 from .safetensors_reader import CheckpointFiles
 
@@ -21,6 +22,18 @@ KEPT_IN_FLOAT32 = ()  # stay float32 whatever the others are, by the last part o
 
 class FusedAttention(Attention):
     """Attention whose softmax(q k^T) v is one kernel, with the parameters of Attention."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: KVCache | None) -> Tensor:
+        if x.shape[1] > 1 or not wants_few_operations(x):
+            return super().forward(x, cos, sin, mask, cache)
+        # One token: heads stand before it without a transpose, and those of queries and keys are rotated together.
+        heads = len(x), -1, 1, self.head_dim
+        q, k = self.q_norm(self.q_proj(x).view(heads)), self.k_norm(self.k_proj(x).view(heads))  # (B, H or K, 1, N)
+        v = self.v_proj(x).view(heads)  # (B, K, 1, N)
+        q, k = rotate(torch.cat((q, k), 1), cos, sin).split((q.shape[1], k.shape[1]), 1)
+        if cache is not None:
+            k, v = cache.write(self.layer_idx, k, v)  # (B, K, S, N)
+        return self.o_proj(self.sdpa(q, k, v, mask).reshape(len(x), 1, -1))
 
     def sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         if q.device.type == "mps":  # some versions of PyTorch leak future tokens there, or return NaN
@@ -34,7 +47,8 @@ class FastRouter(Router):
 
 
 # Part of the lesson -> its faster twin, with the same parameters.
-FASTER = {Linear: FastLinear, Attention: FusedAttention, Router: FastRouter, Experts: FastExperts}
+FASTER = {Linear: FastLinear, RMSNorm: FastRMSNorm, Attention: FusedAttention, Router: FastRouter,
+          Experts: FastExperts}
 PARALLEL = {Layer: ParallelLayer, nn.Embedding: ParallelEmbedding}  # and where several ranks share a model
 CHANCE = [(generate, "sample"), (continuous, "draw")]  # functions that draw a token
 
