@@ -27,9 +27,9 @@ from torch import Tensor
 from .fast import matmul
 from .nibbles import join_nibbles, look_up
 
-FEW = 32  # rows of x up to which the kernel is faster than dequantising; it computes four at a time
+FEW = {4: 96, 8: 16}  # bits -> rows up to which the kernel is faster than dequantising; it takes four at a time
 GROUPS = (256, 128, 64, 32)  # that the kernel knows
-PIECE = 2**20  # weights that are dequantised at a time: 2 MB in bfloat16, which a processor's cache holds
+PIECE = 2**22  # weights that are dequantised at a time: 8 MB in bfloat16; with fewer, matmuls lose more than it saves
 
 
 class Integers(NamedTuple):
@@ -81,9 +81,15 @@ def layout() -> tuple[int, int] | None:
     return next((one for one in known if torch.equal(join_nibbles(q.byte(), *one).flatten(), wanted)), None)
 
 
+PAIRS = {1: torch.int16, 2: torch.int32, 4: torch.int64}  # two numbers of so many bytes are moved as one
+
+
 def to_words(rows: Tensor, half: int, axis: int) -> Tensor:
     """(…, O) as W has its rows -> as the words of blocks hold them: for axis -2 two, and two of the other half."""
-    return rows if axis == -1 else rows.unflatten(-1, (-1, 2, half // 2, 2)).transpose(-3, -2).flatten(-4)
+    if axis == -1:
+        return rows
+    pairs = rows.contiguous().flatten().view(PAIRS[rows.itemsize])
+    return pairs.view(*rows.shape[:-1], -1, 2, half // 2).mT.flatten(-3).view(rows.dtype)
 
 
 def times(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -107,11 +113,15 @@ class Packed(NamedTuple):
     def matmul(self, x: Tensor) -> Tensor:
         """x (n, I) -> x W^T (n, O)."""
         x = x if self.order is None else x[:, self.order]
-        has_gradient = torch.is_grad_enabled() and x.requires_grad  # the kernel computes none
-        if self.kernel is None or x.dtype != torch.bfloat16 or x.shape[0] > FEW or has_gradient:
+        has_gradient = torch.is_grad_enabled() and x.requires_grad  # the kernels compute none
+        known, bits = self.kernel is not None and x.dtype == torch.bfloat16, 8 if self.values.dtype == torch.int8 else 4
+        if not known or x.shape[0] > FEW[bits] or has_gradient:
+            if known and bits == 8:  # a row of W has one scale, so a column of y has it too
+                pieces = self.values.split(max(PIECE // self.values.shape[1], 1))
+                return torch.cat([matmul(x, q.to(x.dtype)) for q in pieces], -1) * self.kernel[1]
             return self.in_order(torch.cat([matmul(x, W) for W in self.pieces(x.dtype)], -1))[:, :self.rows]
         (group, scales), x = self.kernel, x.contiguous()
-        if self.values.dtype == torch.int8:
+        if bits == 8:
             return torch.ops.aten._weight_int8pack_mm(x, self.values, scales)
         values = self.values.view(scales.shape[1], -1)  # (O, I / 2)
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, values, group, scales)
@@ -126,8 +136,8 @@ class Packed(NamedTuple):
         half = self.values.shape[2]
         if y.requires_grad:
             return y.unflatten(-1, (-1, half // 2, 2, 2)).transpose(-3, -2).flatten(-4)
-        pairs = y.contiguous().view({2: torch.int32, 4: torch.int64}[y.itemsize])  # two rows at a time: faster
-        return pairs.unflatten(-1, (-1, half // 2, 2)).mT.flatten(-3).view(y.dtype)
+        pairs = y.contiguous().flatten().view(PAIRS[y.itemsize])
+        return pairs.view(*y.shape[:-1], -1, half // 2, 2).mT.flatten(-3).view(y.dtype)
 
     def pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """W in pieces of some rows, (some, I) each: the numbers of Integers.matrix, with rows as words hold them."""
@@ -139,14 +149,17 @@ class Packed(NamedTuple):
                 yield times(q, self.scale[rows, :, None], dtype).flatten(1)
             return
         blocks, I, half = self.values.shape
-        for first in range(0, blocks, step := max(PIECE // (I * 2 * half), 1)):
+        scale, zero = (t if t is None else to_words(t, half, self.axis)[:, None] for t in (self.scale, self.zero))
+        step, buffers = max(PIECE // (I * 2 * half), 1), None
+        for first in range(0, blocks, step):
             data = self.values[first:first + step].transpose(0, 1)  # (I, some blocks, half)
-            q = look_up(data, self.axis, torch.bfloat16).view(I // self.group, self.group, -1)  # less 8
+            if buffers is None or torch.is_grad_enabled():  # which keeps W; otherwise its memory is used again
+                buffers = [torch.empty(data.numel() // 2, dtype=dtype) for dtype in (torch.int32, torch.int64)]
             rows = slice(first * 2 * half, (first + step) * 2 * half)
-            scale, zero = (t if t is None else to_words(t[:, rows], half, self.axis)[:, None]
-                           for t in (self.scale, self.zero))
-            q = q if zero is None else q.add_(8 - zero)  # exact too
-            yield times(q, scale, dtype).flatten(0, 1).T
+            q = look_up(data, self.axis, torch.bfloat16, *buffers).view(I // self.group, self.group, -1)  # less 8
+            q = q if zero is None else q.add_(8 - zero[..., rows])  # exact too
+            in_place = scale.dtype == dtype == q.dtype
+            yield (q.mul_(scale[..., rows]) if in_place else times(q, scale[..., rows], dtype)).flatten(0, 1).T
 
 
 def pack(integers: Integers) -> Packed | None:

@@ -27,7 +27,15 @@ def table(axis: int, dtype: torch.dtype) -> Tensor:
     return values.contiguous().view({1: torch.int32, 2: torch.int64}[dtype.itemsize]).flatten()
 
 
-def look_up(data: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
-    """`nibbles` of bytes (…, 2), flat: looked up, which takes a tenth of the time of computing them."""
-    words = data.view(torch.uint16).to(torch.int32, memory_format=torch.contiguous_format).flatten()
-    return table(axis, dtype).index_select(0, words).view(dtype)
+def look_up(data: Tensor, axis: int, dtype: torch.dtype, words: Tensor | None = None,
+            found: Tensor | None = None) -> Tensor:
+    """`nibbles` of bytes (…, 2), flat: looked up, which takes a tenth of the time of computing them.
+
+    words int32 and found int64 may be memory for the work, of the size of data / 2 or more.
+    """
+    data, values = data.view(torch.uint16), table(axis, dtype)
+    if words is None:
+        words, found = (torch.empty(data.numel(), dtype=kind) for kind in (torch.int32, values.dtype))
+    words, found = words[:data.numel()], found[:data.numel()]
+    words.view(data.shape).copy_(data)
+    return torch.index_select(values, 0, words, out=found).view(dtype)
