@@ -161,4 +161,4 @@ def test_the_embedded_models_still_add(tmp_path, package, bits, capfd):
     assert module(package, "main").main(["-m", str(output), "-p", "What is 347 + 586?", "-d", "cpu"]) == 0
     out, err = capfd.readouterr()
     assert out.strip().endswith("933") or "933" in out, out
-    assert "of weights in COMPRESSED-TENSORS on cpu" in err
+    assert "of weights in compressed-tensors on cpu" in err
