@@ -5,6 +5,8 @@ import math
 import os
 import re
 import sys
+from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -172,6 +174,28 @@ def test_every_kind_of_measurement_works_on_the_embedded_checkpoints(package, mo
         assert ("MB of weights fit in a processor's cache" in err) == possible
 
 
+def test_two_checkpoints_are_measured_side_by_side(monkeypatch, capsys, tmp_path):
+    """As one in four bits beside the same in bfloat16."""
+    monkeypatch.setattr(machine, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(machine, "matrix_rate", lambda device: (1e9, torch.bfloat16))
+    monkeypatch.setattr(machine, "BUSY", 1e9)
+    monkeypatch.setattr(machine, "LOOK", 0)
+    monkeypatch.setattr(compete, "Contender", InThisProcess)
+    rounded = quantize_tiny(tmp_path / "rounded")
+    out = tmp_path / "out.json"
+    assert benchmark.main(["-m", str(rounded), "--against", "Qwen3-Tiny", "-d", "cpu", "--rounds", "1", "--prefill", "9",
+                           "--decode", "9", "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"decode 9 +[\d.]+ tok/s .* [\d.]+ tok/s +[\d.]+ \(", printed), printed
+    assert json.loads(out.read_text())["results"]["start"].keys() == {"ours", "Qwen3-Tiny"}
+    assert "of 8 greedy tokens are the same" in printed
+
+
+def quantize_tiny(folder: Path) -> Path:
+    assert import_module("scripts.quantize.__main__").main(["Qwen3-Tiny", "-o", str(folder)]) == 0
+    return folder
+
+
 def test_the_default_says_that_it_is_the_embedded_checkpoint(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(measure, "ROOT", tmp_path)
     assert benchmark.main([]) == 2  # there is none
@@ -208,6 +232,8 @@ def test_a_neighbour_is_noticed():
     (["-m", "Qwen3-Tiny", "--json", "none/x.json"], "--json none/x.json: not a file in a folder that exists"),
     (["-m", "Qwen3-MoE-Tiny", "--compile", "-d", "cpu"], "--compile needs a GPU for qwen3_moe"),
     (["-m", "Qwen3-Tiny", "--compile", "--tricks"], "--compile goes with the usual measurement and with --plot only"),
+    (["-m", "Qwen3-Tiny", "--against", "nowhere"], "--against nowhere: neither transformers nor a checkpoint"),
+    (["-m", "Qwen3-Tiny", "--against", "DeepSeek-V3-Tiny"], "it is for deepseek_v3, the other for qwen3"),
     (["-m", "Qwen3-Tiny", "--ranks", "1"], "--ranks 1: expected 2 or more"),
     (["-m", "Qwen3-Tiny", "--ranks", "3", "-d", "cpu"], "3 processes cannot share 6 query heads and 2 key heads"),
     (["-m", "Qwen3-Tiny", "--ranks", "2", "-d", "cuda:1"], "-d cuda:1 is one device, and 2 ranks want one each"),

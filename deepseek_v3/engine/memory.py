@@ -1,5 +1,6 @@
 """Where the model runs, and how much memory is left there."""
 
+import ctypes
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,6 +38,12 @@ def free_memory(device: torch.device) -> int | None:
         return None
     known = [left for left in (free_of_machine(), free_of_limits(), free_of_cgroup()) if left is not None]
     return min(known, default=None)
+
+
+def give_back() -> None:
+    """Memory that was used and freed, back to the system: Linux's C library keeps it for later."""
+    with suppress(OSError, AttributeError, TypeError):  # other systems do it by themselves
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def numbers_of(path: Path) -> dict[str, int]:

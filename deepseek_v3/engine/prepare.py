@@ -18,7 +18,7 @@ from ..model import Model
 from .fields import DTYPES, plain
 from .parts import FASTER, KEPT_IN_FLOAT32, correct, count_parts, stack_experts
 from .integer_linear import Budget, IntegerLinear
-from .memory import free_memory
+from .memory import free_memory, give_back
 from .packed_formats import FORMATS, CompressedLinear, suit_kernel
 from .processes import on_this_machine, ranks
 from .quantized import FP8, QuantizedLinear
@@ -133,6 +133,8 @@ def prepare(model: Model, files: CheckpointFiles, device: str | torch.device, dt
     shares.finish(model)
     rope = model.model.rotary_emb
     rope.inv_freq = rope.inv_freq.to(device)  # once, and not at each forward
+    if formats or bits:
+        give_back()  # what expanding or packing took beside its results
     return model.eval()
 
 

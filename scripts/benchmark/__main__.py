@@ -23,7 +23,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     which.add_argument("-m", "--model", metavar="NAME_OR_FOLDER", help="a name under checkpoints/ or a folder")
     which.add_argument("--shape", metavar="NAME", help="a published shape, random weights; `--shape list` names them")
     add("--layers", type=int, metavar="N", help="only the first N layers of the shape")
-    add("--against", choices=["transformers"], help="measure this as well, in turn (uv run --group reference)")
+    add("--against", metavar="transformers|NAME",
+        help="measure transformers with the same checkpoint as well, in turn (uv run --group reference); or, by the "
+             "name or folder of another checkpoint, ours with that one")
     add("-d", "--device", help="default: cuda if there is one, else cpu")
     add("--threads", type=int, metavar="N", help="default: PyTorch's choice")
     add("--prefill", type=int, nargs="*", metavar="N", help="prompts of N tokens; default 512 and 4096, if they fit")

@@ -138,7 +138,7 @@ def compete(folder: Path, work: Work, arguments: argparse.Namespace, rivals: dic
                 for name, how in group.items():
                     progress(f"round {round_} of {arguments.rounds}: {name} starts")
                     arguments.patience.wait()
-                    running[name] = Contender(folder, work.package, arguments, **how)
+                    running[name] = Contender(**{"folder": folder, "package": work.package, "arguments": arguments} | how)
                     results.setdefault("start", {}).setdefault(name, []).append(running[name].started)
                 processes = [process.pid for contender in running.values() for process in contender.processes]
                 for task in tasks:

@@ -41,6 +41,20 @@ def find(arguments: argparse.Namespace) -> tuple[str, Path]:
                              lambda done, total: progress(f"random weights, file {done} of {total}"))
 
 
+def peer_of(arguments: argparse.Namespace, work: Work) -> dict[str, dict]:
+    """Its name -> how to start what --against asks for; ValueError or FileNotFoundError where it cannot be compared."""
+    if arguments.against in (None, "transformers"):
+        return {arguments.against: {"who": arguments.against}} if arguments.against else {}
+    folder = next((path for path in (Path(arguments.against), ROOT / "checkpoints" / arguments.against)
+                   if path.is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(f"--against {arguments.against[:80]}: neither transformers nor a checkpoint, by a name "
+                                "under checkpoints/ or a folder")
+    if shapes.package_of(folder) != work.package:
+        raise ValueError(f"--against {folder.name}: it is for {shapes.package_of(folder)}, the other for {work.package}")
+    return {folder.name: {"who": "ours", "folder": folder}}
+
+
 def contexts(flag: str, given: list[int] | None, usual: tuple[int, ...], room: int) -> list[int]:
     """Defaults that are too long for the checkpoint are halved until they fit; a given number too long is an error."""
     if given is None:
@@ -140,6 +154,7 @@ def measure(arguments: argparse.Namespace) -> None:
     name, folder = find(arguments)
     work = Work.of(folder)
     check(arguments, work, folder)
+    peers = peer_of(arguments, work)
     count = 48 if arguments.device.startswith("cuda") else 16
     room = work.context_length - count - 3  # tokens before the measured ones; the first measured ones warm up
     prefill = contexts("--prefill", arguments.prefill, PREFILL, work.context_length - 1)
@@ -193,12 +208,12 @@ def measure(arguments: argparse.Namespace) -> None:
     elif arguments.ranks:
         results = ranks(folder, work, arguments, tasks)
     else:
-        peer = {arguments.against: {"who": arguments.against}} if arguments.against else {}
+        against = next(iter(peers), None)
         ids = {"do": "ids", "context": 32, "count": 8}
-        results = compete(folder, work, arguments, {"ours": ours, **peer}, [ids, *tasks])
-        print("\n".join(table(work, results, limits, arguments.against)))
-        if peer:
-            mine, theirs = (results["ids 32"][who][0]["ids"] for who in ("ours", arguments.against))
+        results = compete(folder, work, arguments, {"ours": ours, **peers}, [ids, *tasks])
+        print("\n".join(table(work, results, limits, against)))
+        if peers:
+            mine, theirs = (results["ids 32"][who][0]["ids"] for who in ("ours", against))
             same = next((i for i, (a, b) in enumerate(zip(mine, theirs)) if a != b), len(mine))
             print(f"\nthe first {same} of {len(mine)} greedy tokens are the same")
     if patience.disturbed:

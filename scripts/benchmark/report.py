@@ -73,14 +73,14 @@ def rates(results: dict, label: str, name: str) -> list[float]:
 
 def table(work: Work, results: dict, limits: dict, peer: str | None) -> list[str]:
     """The lines of the table: ours, the machine's limit, and the peer with the ratio."""
-    lines = [f"{'':24}{'ours':>15}{'limit':>15}{'reached':>9}" + (f"{peer:>15}   ratio (least-most)" if peer else "")]
+    lines = [f"{'':24}{'ours':>15}{'limit':>15}{'reached':>9}" + (f"{peer[-24:]:>25}   ratio (least-most)" if peer else "")]
 
     def line(what: str, ours: list[float], theirs: list[float] | None, form: Callable[[float], str],
              limit: float | None = None) -> None:
         text = f"{what:24}{form(median(ours)):>15}"
         text += f"{form(limit):>15}{median(ours) / limit:>9.0%}" if limit else f"{'':24}"
         if theirs and all(theirs):
-            text += f"{form(median(theirs)):>15}   " + "{:.2f} ({:.2f}-{:.2f})".format(*ratios(ours, theirs))
+            text += f"{form(median(theirs)):>25}   " + "{:.2f} ({:.2f}-{:.2f})".format(*ratios(ours, theirs))
         lines.append(text.rstrip())
 
     def both(label: str, field: str) -> tuple[list[float], list[float] | None]:
