@@ -183,8 +183,8 @@ def test_two_checkpoints_are_measured_side_by_side(monkeypatch, capsys, tmp_path
     monkeypatch.setattr(compete, "Contender", InThisProcess)
     rounded = quantize_tiny(tmp_path / "rounded")
     out = tmp_path / "out.json"
-    assert benchmark.main(["-m", str(rounded), "--against", "Qwen3-Tiny", "-d", "cpu", "--rounds", "1", "--prefill", "9",
-                           "--decode", "9", "--json", str(out)]) == 0
+    flags = ["-d", "cpu", "--rounds", "1", "--prefill", "9", "--decode", "9", "--json", str(out)]
+    assert benchmark.main(["-m", str(rounded), "--against", "Qwen3-Tiny", *flags]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"decode 9 +[\d.]+ tok/s .* [\d.]+ tok/s +[\d.]+ \(", printed), printed
     assert json.loads(out.read_text())["results"]["start"].keys() == {"ours", "Qwen3-Tiny"}
@@ -233,7 +233,7 @@ def test_a_neighbour_is_noticed():
     (["-m", "Qwen3-MoE-Tiny", "--compile", "-d", "cpu"], "--compile needs a GPU for qwen3_moe"),
     (["-m", "Qwen3-Tiny", "--compile", "--tricks"], "--compile goes with the usual measurement and with --plot only"),
     (["-m", "Qwen3-Tiny", "--against", "nowhere"], "--against nowhere: neither transformers nor a checkpoint"),
-    (["-m", "Qwen3-Tiny", "--against", "DeepSeek-V3-Tiny"], "it is for deepseek_v3, the other for qwen3"),
+    (["-m", "Qwen3-Tiny", "--against", "DeepSeek-V3-Tiny"], "it is for deepseek_v3, the other one for qwen3"),
     (["-m", "Qwen3-Tiny", "--ranks", "1"], "--ranks 1: expected 2 or more"),
     (["-m", "Qwen3-Tiny", "--ranks", "3", "-d", "cpu"], "3 processes cannot share 6 query heads and 2 key heads"),
     (["-m", "Qwen3-Tiny", "--ranks", "2", "-d", "cuda:1"], "-d cuda:1 is one device, and 2 ranks want one each"),

@@ -5,7 +5,10 @@ The checkpoints are written by tests/packed.py, from the definitions of the form
 
 import copy
 import json
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -194,7 +197,19 @@ def test_pytorch_has_the_kernel_and_it_reads_our_order():
     assert torch.equal(nibbles.nibbles(ours, axis).transpose(1, 2).flatten(0, 1), q.byte())
 
 
-@pytest.mark.parametrize("block, axis", [(64, -2), (32, -2), (16, -1)])
+def test_the_order_is_found_on_a_processor_without_vectors_too():
+    """ATEN_CPU_CAPABILITY is read once, when PyTorch is imported."""
+    code = ("import torch; from qwen3.engine import int4; torch.manual_seed(0)\n"
+            "q, scale = torch.randint(0, 16, (128, 96)).byte(), torch.rand(128, 3).bfloat16()\n"
+            "whole = int4.Integers(q, scale, torch.full((128, 3), 8).byte(), 32)\n"
+            "packed, x = int4.pack(whole), torch.randn(1, 96).bfloat16()\n"
+            "error = packed.matmul(x).float() - x.float() @ whole.matrix(torch.float32).T\n"
+            "assert packed.kernel and error.abs().max() < 0.5, (int4.layout(), error.abs().max())")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1],
+                   env=os.environ | {"ATEN_CPU_CAPABILITY": "default"})
+
+
+@pytest.mark.parametrize("block, axis", [(64, -2), (32, -2), (32, -1)])
 def test_the_orders_of_other_processors(monkeypatch, block, axis):
     """AVX-512, AVX2, and those with neither: packed and unpacked again, without their kernels."""
     monkeypatch.setattr(int4, "layout", lambda: (block, axis))

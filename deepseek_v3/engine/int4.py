@@ -8,8 +8,8 @@
         q              11      1      9      9      6     14      7     12      round(W / scale) + zero, in 0…15
         scale (q-8)   0.3   -0.7    0.1    0.1   -0.2    0.6   -0.1    0.4      off by at most scale / 2
 
-Decoding reads every weight once a token, so a quarter of the bytes is up to four times as fast. What differs between
-the published formats is only where the bits lie (packed_formats.py); all of them become `Integers`.
+Decoding reads every weight once a token: 4 bits and the scales are a third of the bytes, and up to three times as fast.
+What differs between the published formats is only where the bits lie (packed_formats.py); all become `Integers`.
 
     one row        PyTorch's matmul on four bits, in bfloat16, on the CPU: it sums x (scale (q - 8) + offset)
     many rows      dequantise a piece of W, multiply, take the next: the kernel would take longer than a matmul
@@ -27,7 +27,7 @@ from torch import Tensor
 from .fast import matmul
 from .nibbles import join_nibbles, look_up
 
-FEW = {4: 96, 8: 16}  # bits -> rows up to which the kernel is faster than dequantising; it takes four at a time
+FEW = {4: 96, 8: 16}  # bits -> up to so many rows of x PyTorch's kernel is faster than dequantising
 GROUPS = (256, 128, 64, 32)  # that the kernel knows
 PIECE = 2**22  # weights that are dequantised at a time: 8 MB in bfloat16; with fewer, matmuls lose more than it saves
 
@@ -72,7 +72,7 @@ def layout() -> tuple[int, int] | None:
 
     A block of rows is stored column by column. A byte holds rows j and j + block/2 (axis -2), or 2j and 2j + 1 (-1).
     """
-    q = torch.arange(64 * 32).view(64, 32) * 7 % 16  # any values: the order that gives the kernel's bytes is its order
+    q = torch.arange(64 * 32).view(64, 32) % 67 % 16  # no two rows alike: what gives the kernel's bytes is its order
     try:
         wanted = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1).flatten()
     except (AttributeError, RuntimeError):  # this PyTorch has none
@@ -85,7 +85,7 @@ PAIRS = {1: torch.int16, 2: torch.int32, 4: torch.int64}  # two numbers of so ma
 
 
 def to_words(rows: Tensor, half: int, axis: int) -> Tensor:
-    """(…, O) as W has its rows -> as the words of blocks hold them: for axis -2 two, and two of the other half."""
+    """(…, O) as W has its rows -> as `look_up` gives them: for axis -2 two, and two of the block's other half."""
     if axis == -1:
         return rows
     pairs = rows.contiguous().flatten().view(PAIRS[rows.itemsize])

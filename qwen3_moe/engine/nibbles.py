@@ -12,7 +12,7 @@ def nibbles(data: Tensor, axis: int = -1) -> Tensor:
 
 
 def join_nibbles(values: Tensor, block: int, axis: int) -> Tensor:
-    """(O, I) with 0…15, O a multiple of the block -> bytes (O / block, I, block / 2); the inverse of `nibbles`."""
+    """(O, I) with 0…15, O a multiple of the block -> bytes (O / block, I, block / 2); `nibbles` goes back."""
     pairs = values.unflatten(0, (-1, 2, block // 2) if axis == -2 else (-1, block // 2, 2))
     low, high = pairs.unbind(axis - 1)
     return (low | high << 4).mT.contiguous()
@@ -20,7 +20,7 @@ def join_nibbles(values: Tensor, block: int, axis: int) -> Tensor:
 
 @functools.cache
 def table(axis: int, dtype: torch.dtype) -> Tensor:
-    """Each word of two bytes, (65536,), as its four values: bytes in an int32, or less 8, bfloat16 in an int64."""
+    """For each of 65,536 pairs of bytes its four values: as bytes in an int32, or less 8, as bfloat16 in an int64."""
     data = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.uint8).view(-1, 2)
     values = nibbles(data, axis)
     values = values if dtype == torch.uint8 else (values.view(torch.int8) - 8).to(dtype)
@@ -29,7 +29,7 @@ def table(axis: int, dtype: torch.dtype) -> Tensor:
 
 def look_up(data: Tensor, axis: int, dtype: torch.dtype, words: Tensor | None = None,
             found: Tensor | None = None) -> Tensor:
-    """`nibbles` of bytes (…, 2), flat: looked up, which takes a tenth of the time of computing them.
+    """`nibbles` of bytes (…, 2), flat: looked up in a table, which is faster than computing them.
 
     words int32 and found int64 may be memory for the work, of the size of data / 2 or more.
     """

@@ -1,10 +1,10 @@
 """Where the published formats of small integers keep their bits: AWQ, GPTQ, compressed-tensors' pack-quantized.
 
-All of them store words of 32 bits with p values each, 8 of four bits or 4 of eight, the first in the lowest bits; for a
-W of O rows (out) and I columns (in), and G groups of columns:
+All of them store words of 32 bits with p values each, 8 of four bits or 4 of eight, the first in the lowest bits (AWQ:
+in the order 0, 2, 4, 6, 1, 3, 5, 7); for a W of O rows (out) and I columns (in), and G groups of columns:
 
                         values                  scale                  zero point
-    AWQ                 qweight (I, O/p)        scales (G, O)          qzeros (G, O/p); in an order of its own
+    AWQ                 qweight (I, O/p)        scales (G, O)          qzeros (G, O/p)
     GPTQ                qweight (I/p, O)        scales (G, O)          qzeros (G, O/p); one less than meant
     compressed-tensors  weight_packed (O, I/p)  weight_scale (O, G)    weight_zero_point (O/p, G); or none, which is
                                                                        the middle of the range
@@ -153,7 +153,7 @@ class AWQLinear(IntegerLinear):
     def integers(self) -> Integers:
         # The values 0, 1, 2, … of a word stand at its places 0, 4, 1, 5, 2, 6, 3, 7. Words are turned before they are
         # unpacked: an eighth of the elements.
-        values, zero = (torch.stack([(words >> 4 * place & 15).byte() for place in (0, 4, 1, 5, 2, 6, 3, 7)], 1)
+        values, zero = (torch.stack([((words >> (4 * place)) & 15).byte() for place in (0, 4, 1, 5, 2, 6, 3, 7)], 1)
                         .flatten(0, 1) for words in (self.qweight.T.contiguous(), self.qzeros.T))
         O = self.shape[0]
         return Integers(values[:O], self.scales.T, zero[:O], self.group)
@@ -188,7 +188,7 @@ class GPTQLinear(IntegerLinear):
         O, I = self.shape
         bits = 8 if self.qweight.shape[0] == -(-I // 4) else 4
         values = unpack(self.qweight.T, bits, I)  # words are turned first: an eighth of the elements
-        zero = unpack(self.qzeros, bits, O) + self.zeros_are_less & 2**bits - 1  # as AutoGPTQ: 15 + 1 is 0
+        zero = (unpack(self.qzeros, bits, O) + self.zeros_are_less) & (2**bits - 1)  # as AutoGPTQ: 15 + 1 is 0
         g_idx = groups_of(self, "g_idx", len(zero))
         return Integers(middle(values, bits), self.scales.T, middle(zero, bits).T, self.group, g_idx)
 

@@ -138,7 +138,8 @@ def compete(folder: Path, work: Work, arguments: argparse.Namespace, rivals: dic
                 for name, how in group.items():
                     progress(f"round {round_} of {arguments.rounds}: {name} starts")
                     arguments.patience.wait()
-                    running[name] = Contender(**{"folder": folder, "package": work.package, "arguments": arguments} | how)
+                    running[name] = Contender(how.get("folder", folder), work.package, arguments, **{
+                        key: value for key, value in how.items() if key != "folder"})
                     results.setdefault("start", {}).setdefault(name, []).append(running[name].started)
                 processes = [process.pid for contender in running.values() for process in contender.processes]
                 for task in tasks:

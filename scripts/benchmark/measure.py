@@ -51,7 +51,8 @@ def peer_of(arguments: argparse.Namespace, work: Work) -> dict[str, dict]:
         raise FileNotFoundError(f"--against {arguments.against[:80]}: neither transformers nor a checkpoint, by a name "
                                 "under checkpoints/ or a folder")
     if shapes.package_of(folder) != work.package:
-        raise ValueError(f"--against {folder.name}: it is for {shapes.package_of(folder)}, the other for {work.package}")
+        raise ValueError(f"--against {folder.name}: it is for {shapes.package_of(folder)}, the other one for "
+                         f"{work.package}")
     return {folder.name: {"who": "ours", "folder": folder}}
 
 

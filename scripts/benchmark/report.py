@@ -73,7 +73,8 @@ def rates(results: dict, label: str, name: str) -> list[float]:
 
 def table(work: Work, results: dict, limits: dict, peer: str | None) -> list[str]:
     """The lines of the table: ours, the machine's limit, and the peer with the ratio."""
-    lines = [f"{'':24}{'ours':>15}{'limit':>15}{'reached':>9}" + (f"{peer[-24:]:>25}   ratio (least-most)" if peer else "")]
+    other = f"{peer[-24:]:>25}   ratio (least-most)" if peer else ""
+    lines = [f"{'':24}{'ours':>15}{'limit':>15}{'reached':>9}{other}"]
 
     def line(what: str, ours: list[float], theirs: list[float] | None, form: Callable[[float], str],
              limit: float | None = None) -> None:
