@@ -430,3 +430,35 @@ def test_the_scale_that_is_searched_is_no_worse_than_the_largest_value_s(bits, g
     errors = [(one - groups).square().sum(-1) for one in (ours, nearest)]
     assert (errors[0] <= errors[1] * 1.0001).all() and errors[0].sum() < errors[1].sum() * (0.9 if bits == 4 else 1)
     assert q.min() >= -most - 1 and q.max() <= most and (ours[3] == 0).all()
+
+
+@pytest.mark.parametrize("bits", (4, 8))
+@pytest.mark.parametrize("made", ("AWQ", "GPTQ", "Compressed"))
+def test_on_a_gpu_nothing_is_left_on_the_cpu(bits, made):
+    """A pretended GPU: shapes, types and devices of every operation, without numbers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    if (made, bits) == ("AWQ", 8):
+        return
+    (O, I), G, p = (64, 96), 3, 32 // bits
+    words, scales = {"dtype": torch.int32, "device": "cuda"}, {"dtype": torch.bfloat16, "device": "cuda"}
+    with FakeTensorMode(), torch.no_grad():
+        if made == "Compressed":
+            stored = {"weight_packed": torch.empty(O, I // p, **words), "weight_scale": torch.empty(O, G, **scales),
+                      "weight_shape": torch.empty(2, dtype=torch.int64, device="cuda")}
+        else:
+            shape = (I, O // p) if made == "AWQ" else (I // p, O)
+            stored = {"qweight": torch.empty(shape, **words), "qzeros": torch.empty(G, O // p, **words),
+                      "scales": torch.empty(G, O, **scales)}
+        linear = getattr(formats, f"{made}Linear").make(config_of(made.lower()), (O, I), **stored)
+        y = linear(torch.empty(1, I, **scales))
+    assert y.device.type == "cuda" and y.shape == (1, O)
+
+
+def test_what_is_not_finite_is_not_rounded():
+    rounding = module("qwen3", "engine.rounding")
+    for wrong in (torch.nan, torch.inf):
+        W = torch.ones(2, 64)
+        W[1, 3] = wrong
+        with pytest.raises(ValueError, match="infinite or NaN"):
+            rounding.round_matrix(W, 4, 32)

@@ -81,7 +81,8 @@ def layout() -> tuple[int, int] | None:
     return next((one for one in known if torch.equal(join_nibbles(q.byte(), *one).flatten(), wanted)), None)
 
 
-PAIRS = {1: torch.int16, 2: torch.int32, 4: torch.int64}  # two numbers of so many bytes are moved as one
+# Two numbers of so many bytes are moved as one.
+PAIRS = {1: torch.int16, 2: torch.int32, 4: torch.int64, 8: torch.complex128}
 
 
 def to_words(rows: Tensor, half: int, axis: int) -> Tensor:

@@ -11,6 +11,7 @@ Replicas never talk to one another: this is no torch.distributed process group.
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -35,6 +36,7 @@ from .continuous import Row
 from .conversation import Conversation, chat_format
 from .journal import Journal, answers_of
 from .prepare import read_checkpoint
+from .processes import TO_COME, why_not
 from .progress import Progress, kept
 from .terminal import PACKAGE, note, one_line, progress, sentence
 
@@ -143,7 +145,9 @@ def run_replicas(job: Job, output: Path, replicas: int) -> None:
 
 def one_round(job: Job, replicas: int, place: tuple, shown: Progress, before: dict[str, int]) -> None:
     """Until every replica has ended, one way or another. ValueError with the sentence of one that could not start."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    server = socket.create_server(("127.0.0.1", 0))  # the store itself would listen on all interfaces
+    store = TCPStore("127.0.0.1", server.getsockname()[1], is_master=True, wait_for_workers=False,
+                     master_listen_fd=server.detach())
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     if place[0].type == "cpu":
         environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // replicas))
@@ -215,7 +219,7 @@ def leave_the_word() -> NoReturn:
 def take_part(conversation: Conversation, notes: Iterable[str]) -> None:
     """Each rank is a replica; rank 0 also checks, shows progress and makes one file of all answers at the end."""
     arguments = conversation.arguments
-    world, rank = launched(), int(os.environ["RANK"])
+    world, rank = launched(), int(os.environ.get("RANK") or 0)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     number = int(os.environ.get("LOCAL_RANK", rank))
     if arguments.data_parallel != world:
@@ -223,7 +227,11 @@ def take_part(conversation: Conversation, notes: Iterable[str]) -> None:
             leave_the_word()
         raise ValueError(f"torchrun has started {world} processes: with --data-parallel {world} each answers a part of "
                          "the prompts, and without it they share one model")
-    store, *_ = next(rendezvous("env://", timeout=DAYS))
+    try:
+        store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=TO_COME)))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(why_not(str(error))) from None
+    store.set_timeout(DAYS)  # rank 0 may check a long file
     if rank > 0:
         ready = json.loads(store.get(READY))
         if ready is None:
@@ -258,7 +266,8 @@ def take_part(conversation: Conversation, notes: Iterable[str]) -> None:
         watcher.start()
         try:
             replicate(job, output, rank, own_gpu(place, number), store)
-            store.wait([f"{END}{other}" for other in range(1, world)], DAYS)
+            while not store.check([f"{END}{other}" for other in range(1, world)]):  # wait() would keep `watch` out
+                time.sleep(0.1)
         finally:
             ended.set()
             watcher.join()

@@ -132,7 +132,8 @@ class Conversation:
             tokens *= processes
         if "fp8" in (self.config.quantization, dtype):
             dtype, remark = keep_or_expand(self.folder, device, dtype, tokens * per_token, processes)
-        if device.type == "cpu" and dtype:  # weights that need no conversion stay in one file for all
+        # Weights that need no conversion stay in one file for all; integers are packed by each process.
+        if device.type == "cpu" and (dtype or self.config.quantization not in (None, "fp8")):
             more = (processes - 1) * bytes_in_memory(self.folder, dtype)
         size = check_memory(self.folder, device, dtype, tokens, tokens * per_token + more)
         name = self.config.quantization

@@ -36,7 +36,8 @@ class IntegerLinear(QuantizedLinear):
     def pack(self) -> Packed | bool:
         packed = self.packed
         if packed is None:
-            packed = self.packed = 0 not in self.shape and pack(self.integers()) or False
+            with torch.inference_mode(False), torch.no_grad():  # it is kept, also for a forward with gradients
+                packed = self.packed = 0 not in self.shape and pack(self.integers()) or False
         if self.budget is not None and packed:
             self.budget.use(self, packed)
         return packed

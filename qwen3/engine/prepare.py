@@ -152,7 +152,8 @@ def bound_experts(model: Model, device: torch.device) -> None:
 
 
 def rounded(config: Config, W: Tensor, bits: int) -> CompressedLinear:
-    return CompressedLinear.make(config, tuple(W.shape), **packed_tensors(W, bits, GROUP))
+    packed = {leaf: tensor.to(W.device) for leaf, tensor in packed_tensors(W, bits, GROUP).items()}
+    return CompressedLinear.make(config, tuple(W.shape), **packed)
 
 
 def place(module: nn.Module, leaf: str, tensor: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ def round_rows(W: Tensor, bits: int, group: int, dtype: torch.dtype) -> tuple[Te
     most = 2 ** (bits - 1) - 1
     W = W.float().unflatten(1, (-1, group))  # (O, G, group)
     largest = W.abs().amax(-1, keepdim=True) / most
+    if not bool(largest.isfinite().all()):
+        raise ValueError("a matrix of this checkpoint has numbers that are infinite or NaN; download it again")
     best, least = torch.ones_like(largest), torch.full_like(largest, torch.inf)
     for number in range(TRIES):
         scale = (largest * (1 - number * SHRINK[bits])).to(dtype).float()

@@ -1,5 +1,6 @@
 """How many bytes weights and cache take, and whether they fit: from config and headers, before anything is loaded."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -88,6 +89,9 @@ def check_memory(directory: str | Path, device: torch.device, dtype: str | None,
               if not name.endswith(("_scale_inv", *KEPT_IN_FLOAT32)) and not LEAF.fullmatch(name)}
     stay_in_file = device.type == "cpu" and stored <= {compute, FP8 if dtype is None else compute}
     needed = sum(count_bytes(config, files, dtype, stay_in_file, place) for place in places)
+    if device.type == "cpu" and dtype in BITS:  # of matrices rounded here, the words stay beside what is packed of them
+        needed += sum(math.prod(tensor.shape) * BITS[dtype] // 8 * 9 // 8 for name, tensor in files.tensors.items()
+                      if is_rounded(name, tensor.shape) and ".experts." not in name)
     if free is not None and sum(weights) + cache > free >= needed + cache:
         return f"{gigabytes(size)} (more than the {gigabytes(free)} free: experts come from the disk when routed to)"
     if free is not None and needed + cache > free:

@@ -130,7 +130,7 @@ def lock(path: Path, file) -> None:
 
 
 def finish(output: Path, places: dict[int, Place]) -> None:
-    """Write all answers in order, then remove the journals. A kill in between loses nothing: they go last."""
+    """Write all answers in order, then remove the journals. A kill in between loses no answer: they go last."""
     part = output.with_name(f"{output.name}.tmp")
     files = {path: path.open("rb") for path in {path for path, *_ in places.values()}}
     try:

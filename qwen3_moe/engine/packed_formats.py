@@ -25,7 +25,7 @@ from torch import Tensor
 from ..config import Config
 from .int4 import GROUPS, Integers, is_in_order
 from .integer_linear import IntegerLinear
-from .nibbles import look_up
+from .nibbles import look_up, nibbles
 from .processes import ranks
 from .quantized import COLUMN_GROUPS, COLUMNS, ROWS, Axes, FP8Linear
 from .safetensors_reader import CheckpointFiles, TensorInfo
@@ -39,7 +39,9 @@ Layout = dict[str, Axes]
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     """(…, n) int32 -> (…, count) uint8, the values of a word from the lowest bits on."""
     data = words.contiguous().flatten().view(torch.uint8)
-    return (look_up(data, -1, torch.uint8) if bits == 4 else data).view(*words.shape[:-1], -1)[..., :count]
+    if bits == 4:  # the table is on the CPU
+        data = look_up(data, -1, torch.uint8) if data.device.type == "cpu" else nibbles(data)
+    return data.view(*words.shape[:-1], -1)[..., :count]
 
 
 def middle(values: Tensor, bits: int) -> Tensor:

@@ -102,7 +102,7 @@ def join() -> None:
     import torch
     import torch.distributed as dist
 
-    number = int(os.environ["RANK"])
+    number = int(os.environ.get("RANK") or 0)  # where it is missing, the next lines say so
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=TO_COME)))
         store.set(f"came/{number}", "")
@@ -149,7 +149,8 @@ def end_slowly() -> None:
     signal.signal(signal.SIGTERM, lambda *_: None)
 
     def wait() -> None:
-        os.read(told, 1)
+        while os.read(told, 1) != bytes([signal.SIGTERM]):  # a byte for each signal that is handled, Ctrl-C too
+            pass
         time.sleep(2 * GRACE)
         os._exit(128 + signal.SIGTERM)
 
@@ -183,6 +184,8 @@ def device_of(name: str | None) -> str:
     if name != "cpu" and 0 < gpus < len(here):
         raise ValueError(f"{len(here)} processes on this machine have {gpus} GPU{'s' * (gpus > 1)}; start one for "
                          "each, or give -d cpu")
+    if gpus and name != "cpu" and "LOCAL_RANK" not in os.environ:
+        raise ValueError("LOCAL_RANK is not set, which says which GPU is this process's; torchrun sets it")
     device = f"cuda:{int(os.environ['LOCAL_RANK'])}" if gpus and name != "cpu" else "cpu"
     if device != "cpu":
         torch.cuda.set_device(device)
