@@ -114,3 +114,31 @@ def test_replicas_share_the_file_of_fp8_that_is_kept_and_have_an_expanded_copy_e
         fp8.free = int(free)
         assert Conversation.Conversation.find_room(one, 2, processes=2) == (CPU, dtype)
         assert re.search(rf"X: \d\.\d MB of weights in {said}, ", capsys.readouterr().err)
+
+
+# Weights of four bits
+
+def test_what_is_rounded_here_takes_its_words_and_what_is_packed_of_them(monkeypatch):
+    sizes, folder = module("qwen3", "engine.sizes"), HERE.parent / "checkpoints/Qwen3-Tiny"
+    model = module("qwen3", "weights").load_model(folder, dtype="int4")
+    parts = [part for part in model.modules() if getattr(part, "packed", None)]
+    held = sum(weight.nbytes for weight in model.parameters()) + sum(part.packed.values.nbytes for part in parts)
+    for free, fits in ((int(1.3 * held), True), (int(0.95 * held), False)):
+        monkeypatch.setattr(sizes, "free_memory", lambda device: free)
+        if fits:
+            assert sizes.check_memory(folder, CPU, "int4", 1, 0)
+            continue
+        with pytest.raises(ValueError, match="for weights and"):
+            sizes.check_memory(folder, CPU, "int4", 1, 0)
+
+
+def test_replicas_pack_a_copy_each(tmp_path, monkeypatch):
+    assert import_module("scripts.quantize.__main__").main(["Qwen3-Tiny", "-o", str(tmp_path / "made")]) == 0
+    conversation, folder = module("qwen3", "engine.conversation"), tmp_path / "made"
+    config, caches = module("qwen3", "config").Config.from_checkpoint(folder), []
+    monkeypatch.setattr(conversation, "check_memory", lambda *arguments: caches.append(arguments[-1]) or "")
+    arguments = SimpleNamespace(device="cpu", dtype=None)
+    one = SimpleNamespace(arguments=arguments, config=config, folder=folder, name="made")
+    for processes in (1, 4):
+        conversation.Conversation.find_room(one, 0, processes)
+    assert caches == [0, 3 * module("qwen3", "weights").bytes_in_memory(folder)]

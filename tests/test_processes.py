@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 import uuid
@@ -311,3 +312,14 @@ def test_variables_that_make_no_world(tmp_path, variables, sentence):
     code, out, err = machine(tmp_path, 0, free_port(), patience=3, **variables).end(timeout=60)
     said = sentences(err)
     assert code == 2 and out == "" and len(said) == 1 and sentence in said[0], err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_only_the_signal_of_torchrun_ends_a_process_slowly():
+    """Ctrl-C, where a training handles it, lets the step and the saving come to their ends."""
+    code = ("import os, signal, sys, time; from qwen3.engine import processes; processes.GRACE = 0.1\n"
+            "processes.end_slowly(); signal.signal(signal.SIGINT, lambda *_: None)\n"
+            "os.kill(os.getpid(), signal.SIGINT); time.sleep(0.6); print('alive', flush=True)\n"
+            "os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)")
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE, timeout=60)
+    assert ended.stdout == "alive\n" and ended.returncode == 128 + signal.SIGTERM
