@@ -31,7 +31,7 @@ def look_up(data: Tensor, axis: int, dtype: torch.dtype, words: Tensor | None = 
             found: Tensor | None = None) -> Tensor:
     """`nibbles` of bytes (…, 2), flat: looked up in a table, which is faster than computing them.
 
-    words int32 and found int64 may be memory for the work, of the size of data / 2 or more.
+    words int32 and found int64 may be memory for the work, of data.numel() / 2 elements or more.
     """
     data, values = data.view(torch.uint16), table(axis, dtype)
     if words is None:
