@@ -141,7 +141,7 @@ class Packed(NamedTuple):
         return pairs.view(*y.shape[:-1], -1, half // 2, 2).mT.flatten(-3).view(y.dtype)
 
     def pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """W in pieces of some rows, (some, I) each: the numbers of Integers.matrix, its rows as `look_up` gives them."""
+        """W in pieces of some rows, (some, I) each: the numbers of Integers.matrix, rows as `look_up` gives them."""
         if self.values.dtype == torch.int8:
             for first in range(0, self.rows, step := max(PIECE // self.values.shape[1], 1)):
                 rows = slice(first, first + step)
